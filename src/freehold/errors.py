@@ -1,0 +1,95 @@
+"""Every error Freehold raises on purpose, in one tree; each maps to one HTTP status and one exit code.
+
+    FreeholdError                     500  1
+    ├── InvalidRequest                400  2   a field, flag or value is wrong; `param` names it
+    │   ├── UnknownField              400  2
+    │   ├── UnsupportedField          400  2   known to the API, not honoured here, and ignoring it would change the result
+    │   └── ContextTooLong            400  2   prompt + max_tokens exceed the context length
+    ├── AuthenticationFailed          401  2
+    ├── NotFound                      404  2   no such model or route
+    ├── Overloaded                    429  5   the queue is full; `retry_after` seconds
+    ├── Unavailable                   503  5   starting, draining or dead; `retry_after` seconds
+    ├── InsufficientMemory            507  5   it cannot fit; the message says how many bytes it needs and has
+    ├── ConfigError                   500  3   config.json or a settings file: unknown, missing or contradictory key
+    ├── CheckpointError               500  4   weights: missing shard, truncated file, wrong shape or dtype, unused tensor
+    │   └── DiskFull                  500  4
+    ├── MissingExtra                  501  6   an optional dependency is not installed; the message has the line that installs it
+    └── EngineError                   500  7   the engine failed inside a step
+
+A message names the cause and the cure, in one line, without a traceback for the user.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FreeholdError(Exception):
+    """Root of the tree. `status` is the HTTP status, `exit_code` the process's, `code` a stable word for machines."""
+
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+    type: ClassVar[str] = "server_error"  # OpenAI's error.type
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequest(FreeholdError):
+    status, exit_code, type, code = 400, 2, "invalid_request_error", "invalid_value"
+
+
+class UnknownField(InvalidRequest):
+    code = "unknown_field"
+
+
+class UnsupportedField(InvalidRequest):
+    code = "unsupported_field"
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class AuthenticationFailed(FreeholdError):
+    status, exit_code, type, code = 401, 2, "authentication_error", "invalid_api_key"
+
+
+class NotFound(FreeholdError):
+    status, exit_code, type, code = 404, 2, "invalid_request_error", "not_found"
+
+
+class Overloaded(FreeholdError):
+    status, exit_code, type, code = 429, 5, "rate_limit_error", "queue_full"
+
+
+class Unavailable(FreeholdError):
+    status, exit_code, type, code = 503, 5, "server_error", "unavailable"
+
+
+class InsufficientMemory(FreeholdError):
+    status, exit_code, type, code = 507, 5, "server_error", "insufficient_memory"
+
+
+class ConfigError(FreeholdError):
+    exit_code, code = 3, "config_error"
+
+
+class CheckpointError(FreeholdError):
+    exit_code, code = 4, "checkpoint_error"
+
+
+class DiskFull(CheckpointError):
+    code = "disk_full"
+
+
+class MissingExtra(FreeholdError):
+    status, exit_code, code = 501, 6, "missing_extra"
+
+
+class EngineError(FreeholdError):
+    exit_code, code = 7, "engine_error"
