@@ -1,0 +1,91 @@
+"""The contract every set of operations fulfils: `reference.ReferenceOps` in plain PyTorch, and the fast ones.
+
+A model is given one `Ops` object when it is built and calls nothing else for its maths, so a fast path replaces
+operations one by one and is tested against the reference with the same signature.
+
+Shape suffixes: T rows (tokens), R rows of one selection, H hidden, I intermediate, N attention heads, J index heads,
+D index head size, L latent_dim, V kv_lora_rank, K selected slots, S cache slots, E experts, X chosen experts a token,
+Q rope dims.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from freehold.model.inputs import Span
+
+
+class Ops(Protocol):
+    """Operations on tensors. None of them keeps state; inputs are never modified unless said."""
+
+    name: str
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """x Wᵀ (+ b), in x's dtype: [T, O]."""
+        ...
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        """w · (x · rsqrt(mean(x²) + eps)), computed in fp32, rounded to x's dtype before the weight (last dim)."""
+        ...
+
+    def layer_norm(self, x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
+        """LayerNorm over the last dim, computed in fp32, result in x's dtype."""
+        ...
+
+    def rope(self, x_TNQ: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool) -> Tensor:
+        """Rotate the pairs (x_2j, x_2j+1) if interleaved, else (x_j, x_j+Q/2), in fp32; result in x's dtype and layout."""
+        ...
+
+    def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
+        """down(silu(gate(x)) · up(x)): [T, H]."""
+        ...
+
+    def route(
+        self,
+        x_TH: Tensor,
+        weight_EH: Tensor,
+        bias_E: Tensor,
+        *,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        normalise: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Sigmoid router in fp32: (expert ids int64 [T, X], weights fp32 [T, X]).
+
+        Experts are chosen by score + bias (within the topk_group best groups, a group's worth being the sum of its
+        two best), lowest expert first on ties; the weights are the plain scores.
+        """
+        ...
+
+    def experts(self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+        """Σ_x weights · Expert_ids(x): [T, H]. gate_up has the gate's rows first, [E, 2I, H]."""
+        ...
+
+    def select(
+        self, query_TJD: Tensor, weight_TJ: Tensor, keys_SD: Tensor, spans: tuple[Span, ...], block_size: int, topk: int
+    ) -> Tensor:
+        """The indexer's choice: for each row of `spans`, the cache slots of the topk positions s ≤ t with the best
+        Σ_j weight_j · relu(q_j · k_s), lowest position first on ties; all of them while t < topk.
+
+        weight_TJ is fp32 with every scale folded in. Scores are fp32. Returns int64 [R, K] with K = min(topk, longest
+        context), rows in the order of the spans, padded with -1 after a row's own positions. Slots are in no
+        particular order within a row.
+        """
+        ...
+
+    def sparse_attention(self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float) -> Tensor:
+        """Absorbed attention over selected slots: softmax(q · latent · scale) · latent[:rank], fp32 softmax: [R, N, V]."""
+        ...
+
+    def dense_attention(
+        self, query_TNC: Tensor, latent_SL: Tensor, kv_b_OV: Tensor, span: Span, block_size: int, nope: int, scale: float
+    ) -> Tensor:
+        """Expanded causal attention of one span over all its positions below its end: [T, N, v_head_dim].
+
+        Keys and values are expanded from the cached latents by kv_b (per head: nope key rows, then value rows).
+        """
+        ...

@@ -1,0 +1,176 @@
+"""The operations in plain PyTorch: the exact, differentiable, readable twin of every fast path.
+
+Source: `transformers` 5.23 `models/glm_moe_dsa` for the maths, DeepSeek-V3.2 for the sparse attention it descends
+from. Shape suffixes as in `interface.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freehold.model.inputs import Span
+
+# Elements of the largest temporary: bounds memory, and keeps blocks of work near the cache.
+_SCORE_BLOCK = 1 << 22
+_GATHER_BLOCK = 1 << 22
+
+
+class ReferenceOps:
+    """Implements `interface.Ops`."""
+
+    name = "reference"
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(x_TI, weight_OI, bias_O)
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        x = x_TH.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return weight_H * x.to(x_TH.dtype)
+
+    def layer_norm(self, x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x_TH.float(), weight_H.shape, weight_H.float(), bias_H.float(), eps).to(x_TH.dtype)
+
+    def rope(self, x_TNQ: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool) -> Tensor:
+        x, cos, sin = x_TNQ.float(), cos_TQ2[:, None], sin_TQ2[:, None]
+        if interleaved:
+            even, odd = x[..., 0::2], x[..., 1::2]
+            out = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+        else:
+            low, high = x.chunk(2, dim=-1)
+            out = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        return out.to(x_TNQ.dtype)
+
+    def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x_TH, gate_IH)) * F.linear(x_TH, up_IH), down_HI)
+
+    def route(
+        self,
+        x_TH: Tensor,
+        weight_EH: Tensor,
+        bias_E: Tensor,
+        *,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        normalise: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        scores_TE = F.linear(x_TH.float(), weight_EH.float()).sigmoid()
+        choice_TE = scores_TE + bias_E
+        if n_group > 1:
+            grouped_TGM = choice_TE.view(x_TH.shape[0], n_group, -1)
+            worth_TG = grouped_TGM.topk(2, dim=-1).values.sum(-1)
+            kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
+            kept_TG.scatter_(1, stable_topk(worth_TG, topk_group), True)
+            choice_TE = grouped_TGM.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
+        ids_TX = stable_topk(choice_TE, top_k)
+        weights_TX = scores_TE.gather(1, ids_TX)
+        if normalise:
+            weights_TX = weights_TX / (weights_TX.sum(-1, keepdim=True) + 1e-20)
+        return ids_TX, weights_TX * scale
+
+    def experts(self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+        # Rows are sorted by expert, each expert sees its rows once, and every token sums its experts in one order.
+        tokens, chosen = ids_TX.shape
+        order = torch.argsort(ids_TX.flatten(), stable=True)
+        counts = torch.bincount(ids_TX.flatten(), minlength=gate_up_EIH.shape[0]).tolist()
+        rows = x_TH[order // chosen]
+        parts = []
+        for expert, part in enumerate(rows.split(counts)):
+            if part.shape[0]:
+                gate, up = F.linear(part, gate_up_EIH[expert]).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, down_EHI[expert]))
+        out = torch.empty(tokens * chosen, x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
+        out = out.index_copy(0, order, torch.cat(parts)) if parts else out
+        weighted = out.view(tokens, chosen, -1).float() * weights_TX[..., None]
+        return weighted.sum(1).to(x_TH.dtype)
+
+    def select(
+        self, query_TJD: Tensor, weight_TJ: Tensor, keys_SD: Tensor, spans: tuple[Span, ...], block_size: int, topk: int
+    ) -> Tensor:
+        width = min(topk, max((span.end for span in spans), default=0))
+        rows = sum(span.length for span in spans)
+        chosen_RK = torch.full((rows, width), -1, dtype=torch.int64, device=keys_SD.device)
+        row = 0
+        for span in spans:
+            slots_P = span.slots_P(block_size)
+            dense = max(0, min(topk, span.end) - span.start)  # rows that see at most topk positions: no scoring
+            dense = min(dense, span.length)
+            for i in range(dense):
+                seen = span.start + i + 1
+                chosen_RK[row + i, :seen] = slots_P[:seen]
+            if dense < span.length:
+                positions = self._best(query_TJD, weight_TJ, keys_SD[slots_P].float(), span, dense, topk)
+                chosen_RK[row + dense : row + span.length] = slots_P[positions]
+            row += span.length
+        return chosen_RK
+
+    def _best(
+        self, query_TJD: Tensor, weight_TJ: Tensor, keys_PD: Tensor, span: Span, skip: int, topk: int
+    ) -> Tensor:
+        """Positions [rows, topk] chosen for the span's rows after the first `skip`, scored in blocks of rows."""
+        heads = query_TJD.shape[1]
+        block = max(1, _SCORE_BLOCK // (heads * span.end))
+        found = []
+        for first in range(skip, span.length, block):
+            last = min(first + block, span.length)
+            rows = slice(span.row + first, span.row + last)
+            seen = span.start + last
+            dots = torch.matmul(query_TJD[rows].float(), keys_PD[:seen].T)  # [rows, J, P]
+            scores = torch.matmul(weight_TJ[rows, None], F.relu(dots)).squeeze(1)
+            if last - first > 1:
+                positions = torch.arange(span.start + first, seen, device=scores.device)
+                scores.masked_fill_(torch.arange(seen, device=scores.device) > positions[:, None], float("-inf"))
+            found.append(stable_topk(scores, topk))
+        return torch.cat(found)
+
+    def sparse_attention(self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float) -> Tensor:
+        block = max(1, _GATHER_BLOCK // (slots_RK.shape[1] * latent_SL.shape[1]))
+        out = []
+        for first in range(0, slots_RK.shape[0], block):
+            slots = slots_RK[first : first + block]
+            latent = latent_SL[slots.clamp(min=0)]  # [R, K, L]
+            scores = torch.matmul(query_RNL[first : first + block], latent.transpose(1, 2)).float() * scale
+            scores = scores.masked_fill((slots < 0)[:, None], float("-inf"))
+            # A padded slot has weight 0, but what lies there may be anything, NaN too.
+            values = latent[..., :rank].masked_fill((slots < 0)[..., None], 0.0)
+            out.append(torch.matmul(torch.softmax(scores, dim=-1).to(query_RNL.dtype), values))
+        return torch.cat(out)
+
+    def dense_attention(
+        self, query_TNC: Tensor, latent_SL: Tensor, kv_b_OV: Tensor, span: Span, block_size: int, nope: int, scale: float
+    ) -> Tensor:
+        heads, rank = query_TNC.shape[1], kv_b_OV.shape[1]
+        latent = latent_SL[span.slots_P(block_size)]  # [P, L]
+        expanded = F.linear(latent[:, :rank], kv_b_OV).view(span.end, heads, -1)  # [P, N, nope + v]
+        key_rope = latent[:, None, rank:].expand(-1, heads, -1)
+        keys = torch.cat((expanded[..., :nope], key_rope), dim=-1).transpose(0, 1)
+        values = expanded[..., nope:].transpose(0, 1)
+        query = query_TNC[span.row : span.row + span.length].transpose(0, 1)
+        scores = torch.matmul(query, keys.transpose(1, 2)).float() * scale  # [N, rows, P]
+        positions = torch.arange(span.start, span.end, device=scores.device)
+        ahead = torch.arange(span.end, device=scores.device) > positions[:, None]
+        weights = torch.softmax(scores.masked_fill(ahead, float("-inf")), dim=-1).to(query.dtype)
+        return torch.matmul(weights, values).transpose(0, 1)
+
+
+def stable_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices [..., k] of the k largest in the last dim, the lowest index first among equals (NaN counts as largest).
+
+    The set is what a stable descending sort would give; its order within a row is not specified. `torch.topk` breaks
+    ties arbitrarily, so rows where the k-th value also occurs outside the chosen set are chosen again by rank.
+    """
+    if k >= scores.shape[-1]:
+        return torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+    best = scores.topk(k, dim=-1)
+    threshold = best.values.amin(-1, keepdim=True)
+    tied = (scores >= threshold).sum(-1) != k
+    if not bool(tied.any()):
+        return best.indices
+    ids = best.indices.reshape(-1, k).clone()
+    flat, rows = scores.reshape(-1, scores.shape[-1]), tied.reshape(-1)
+    ids[rows] = flat[rows].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return ids.view(*scores.shape[:-1], k)
