@@ -1,0 +1,130 @@
+"""From a checkpoint directory to a running engine: config, weights, cache size, tokenizer, sampler.
+
+This is the one place where the engine's settings meet the machine: threads, memory, the choice of operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from freehold.engine.engine import Engine, EngineConfig
+from freehold.engine.guide import GuideCompiler
+from freehold.engine.runner import ModelRunner
+from freehold.engine.sampler import Sampler
+from freehold.errors import ConfigError, InsufficientMemory, InvalidRequest
+from freehold.model.cache import PagedCache, cache_bytes_per_token
+from freehold.model.config import GlmConfig
+from freehold.model.glm import Glm
+from freehold.model.ops.reference import ReferenceOps
+from freehold.model.tokenizer import Tokenizer
+from freehold.model.weights import load_weights
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while weights load."""
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an operator may set; None means "what the checkpoint or the machine says".
+
+    cache_bytes: memory for the latent and index-key caches; default half of what is available once weights are loaded
+    (pages are only committed as they are first used). threads: compute threads; default what torch finds.
+    """
+
+    model_name: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_queue: int = 256
+    cache_bytes: int | None = None
+    block_size: int = 64
+    enable_prefix_cache: bool = True
+    threads: int | None = None
+    verify: bool = False
+
+
+def build_engine(
+    directory: str | Path, options: EngineOptions | None = None, progress: Progress | None = None
+) -> tuple[Engine, Tokenizer]:
+    """Load `directory` and return an engine that is ready to step, and its tokenizer.
+
+    Raises ConfigError, CheckpointError or InsufficientMemory with one line that names the cause.
+    """
+    options = options or EngineOptions()
+    directory = Path(directory)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    config = GlmConfig.from_file(directory)
+    tokenizer = Tokenizer.from_dir(directory)
+    model = load_model(directory, config, options, progress)
+    engine_config = _engine_config(config, directory, options, model.dtype)
+    cache = PagedCache(config, engine_config.num_blocks, options.block_size, model.dtype)
+    guides = GuideCompiler(tokenizer, config.eos_token_ids)
+    sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
+    return Engine(engine_config, ModelRunner(model, cache, sampler)), tokenizer
+
+
+def load_model(
+    directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None
+) -> Glm:
+    """The model with its weights, in evaluation mode and without gradients."""
+    name = config.dtype if options.dtype == "auto" else options.dtype
+    if name == "float16":
+        name = "bfloat16"  # the engine computes in bf16 or fp32; fp16 files are converted
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported (bfloat16 or float32)")
+    model = Glm(config, dtype=_DTYPES[name], ops=ReferenceOps()).requires_grad_(False).eval()
+    load_weights(model, directory, progress=progress, verify=options.verify)
+    return model
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: what the kernel calls available, within the cgroup's limit."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
+def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype) -> EngineConfig:
+    per_token = cache_bytes_per_token(config, dtype)
+    max_model_len = options.max_model_len or config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise InvalidRequest(
+            f"--max-model-len {max_model_len} exceeds the model's {config.max_position_embeddings} positions",
+            param="max_model_len",
+        )
+    per_block = per_token * options.block_size
+    budget = options.cache_bytes if options.cache_bytes is not None else available_memory() // 2
+    useful = options.max_num_seqs * -(-max_model_len // options.block_size)
+    num_blocks = min(budget // per_block, useful)
+    if num_blocks < 1:
+        raise InsufficientMemory(
+            f"the cache has {budget:,} bytes, and one block of {options.block_size} tokens needs {per_block:,}; "
+            "give it more with --cache-bytes"
+        )
+    return EngineConfig(
+        model_name=options.model_name or directory.resolve().name,
+        max_model_len=max_model_len,
+        block_size=options.block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_queue=options.max_queue,
+        enable_prefix_cache=options.enable_prefix_cache,
+        eos_token_ids=config.eos_token_ids,
+        vocab_size=config.vocab_size,
+        cache_bytes_per_token=per_token,
+    )

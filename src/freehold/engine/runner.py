@@ -1,0 +1,95 @@
+"""Executes engine steps on the model: build the batch, run the layers, take the rows that matter, sample.
+
+One thread calls it; nothing here knows about queues or requests beyond their ids.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from freehold.engine.batch import BatchBuilder
+from freehold.engine.sampler import Sampler
+from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
+from freehold.model.cache import PagedCache
+from freehold.model.glm import Glm
+from freehold.types import TokenLogprobs
+
+# Rows of prompt logits made at once when a prompt is scored: bounds [rows, vocabulary] in memory.
+_SCORE_ROWS = 256
+
+
+class ModelRunner:
+    """Implements `step.Runner` on a `Glm` and its cache."""
+
+    def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler) -> None:
+        self._model, self._cache, self._sampler = model, cache, sampler
+        self._batches = BatchBuilder(cache.block_size)
+        # Prompts still to be scored for `prompt_logprobs`: all their tokens, and how many alternatives.
+        self._scored: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def execute(self, step: StepInput) -> list[SeqOutput]:
+        self.release(step.finished)
+        for request in step.new:
+            self._add(request)
+        with torch.inference_mode():
+            hidden_TH = self._model(self._batches.build(step), self._cache)
+            return self._outputs(step, hidden_TH)
+
+    def release(self, request_ids: tuple[str, ...]) -> None:
+        for request_id in request_ids:
+            self._sampler.drop(request_id)
+            self._batches.release(request_id)
+            self._scored.pop(request_id, None)
+
+    def close(self) -> None:
+        self._scored.clear()
+
+    def _add(self, request: NewRequest) -> None:
+        self._sampler.add(request)
+        if request.params.prompt_logprobs is not None:
+            self._scored[request.request_id] = (request.prompt_token_ids, request.params.prompt_logprobs)
+
+    def _outputs(self, step: StepInput, hidden_TH: Tensor) -> list[SeqOutput]:
+        last_rows, ids, scores = [], [], []
+        row = 0
+        for seq in step.seqs:
+            scores.append(self._score(seq, hidden_TH[row : row + len(seq.token_ids)]))
+            row += len(seq.token_ids)
+            if seq.samples:
+                last_rows.append(row - 1)
+                ids.append(seq.request_id)
+        sampled = iter(())
+        if ids:
+            rows = hidden_TH if len(ids) == hidden_TH.shape[0] else hidden_TH[last_rows]
+            sampled = iter(self._sampler.sample(self._model.logits(rows), ids))
+        outputs = []
+        for seq, score in zip(step.seqs, scores, strict=True):
+            if not seq.samples:
+                outputs.append(SeqOutput(seq.request_id, prompt_logprobs=score))
+                continue
+            token = next(sampled)
+            outputs.append(
+                SeqOutput(
+                    seq.request_id,
+                    token_ids=() if token.error else (token.token_id,),
+                    logprobs=None if token.logprobs is None else (token.logprobs,),
+                    prompt_logprobs=score,
+                    error=token.error,
+                )
+            )
+        return outputs
+
+    def _score(self, seq: ScheduledSeq, hidden_PH: Tensor) -> tuple[TokenLogprobs, ...] | None:
+        """The logprob of each next prompt token that this chunk's positions predict."""
+        wanted = self._scored.get(seq.request_id)
+        if wanted is None:
+            return None
+        prompt, top = wanted
+        following = prompt[seq.start + 1 : seq.start + 1 + len(seq.token_ids)]
+        found: list[TokenLogprobs] = []
+        for first in range(0, len(following), _SCORE_ROWS):
+            targets = torch.tensor(following[first : first + _SCORE_ROWS], dtype=torch.int64)
+            logits_PV = self._model.logits(hidden_PH[first : first + len(targets)])
+            found.extend(self._sampler.score(logits_PV, targets, top))
+        return tuple(found)
