@@ -8,8 +8,6 @@ Shape suffixes: T rows, R selected rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +21,6 @@ from freehold.model.moe import MoE
 from freehold.model.mtp import MtpInput, SharedHead
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
-
-Watch = Callable[[str, Tensor], None]
-"""Called with a point's name ("layers.3.attention", …) and its tensor; the layer debugger compares these."""
-
 
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer: h += attention(norm(h)); h += mlp(norm(h))."""
@@ -94,7 +88,7 @@ class Glm(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         self.mtp = MtpLayer(config, dtype=dtype, device=device) if config.has_mtp else None
 
-    def forward(self, inputs: ForwardInput, cache: PagedCache, watch: Watch | None = None) -> Tensor:
+    def forward(self, inputs: ForwardInput, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [T, H]. Writes the rows' latents and index keys to `cache`."""
         plan = Plan.of(inputs, self.config.index_topk)
         rope = self.rope.tables(inputs.positions_T)
@@ -104,8 +98,6 @@ class Glm(nn.Module):
             hidden_TH, slots_RK = layer(
                 self.ops, hidden_TH, inputs, plan, rope, cache.latent[i], cache.index[i], slots_RK
             )
-            if watch is not None:
-                watch(f"layers.{i}", hidden_TH)
         return self.ops.rms_norm(hidden_TH, self.norm.weight, self.config.rms_norm_eps)
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
