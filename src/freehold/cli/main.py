@@ -1,0 +1,123 @@
+"""`freehold`: the entry point, and the table of commands.
+
+To add a command:
+
+1.  Write `cli/NAME.py` with one public function named as the command (`-` becomes `_`), annotated for typer:
+
+        def inspect(
+            directory: Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)],
+            json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        ) -> None:
+            \"\"\"Show what a checkpoint holds, from its headers only.\"\"\"
+
+    It parses, builds a frozen config, calls one function and prints the result. Import torch and anything that
+    imports torch inside the function, so that `freehold NAME --help` works without it. Raise `FreeholdError`s and let
+    other exceptions go: `cli/errors.py` turns them into one line and an exit code. A missing torch, safetensors or
+    llguidance needs no code either: its `ModuleNotFoundError` becomes the line that installs the extra.
+2.  Add a line to `COMMANDS`. Its summary is the first line of the function's docstring (a test compares them).
+3.  `make docs`: writes the new options to `tests/golden/cli.txt` and `docs/reference/cli.md`, for review.
+
+Only the command that was asked for is imported: the others stand in the help by their summaries. That keeps
+`freehold --help` fast and free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from freehold import __version__
+from freehold.cli.errors import run
+
+COMMANDS: Mapping[str, str] = {
+    "serve": "Serve a checkpoint behind an OpenAI-compatible API.",
+    "chat": "Chat with a model in the terminal.",
+    "tiny": "Make a small checkpoint with random weights.",
+    "inspect": "Show what a checkpoint holds, from its headers only.",
+}
+
+FIRST_STEPS = """\
+Freehold runs GLM-5.2-class open-weight models on hardware you own.
+
+  freehold serve --sim                       the whole API from canned text: no weights, no torch
+  freehold tiny models/small --size small    make a small checkpoint (random weights: its text is noise)
+  freehold inspect models/small              what is in it
+  freehold serve models/small                serve it on http://127.0.0.1:8000/v1
+  freehold chat models/small                 or talk to it here
+
+`freehold --help` lists the commands, `freehold COMMAND --help` a command's options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (`freehold.errors` has the table). Never raises."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    return run(lambda: _dispatch(args), debug="--debug" in _global_options(args))
+
+
+def build_app(load: Iterable[str]) -> typer.Typer:
+    """The typer application: commands in `load` with their options, the others by their summaries only.
+
+    Raises ImportError if a command in `load` needs a package that is not installed.
+    """
+    app = typer.Typer(
+        name="freehold",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    wanted = set(load)
+    for name, summary in COMMANDS.items():
+        function = load_command(name) if name in wanted else _unloaded
+        app.command(name, short_help=summary)(function)
+    return app
+
+
+def load_command(name: str) -> Callable[..., Any]:
+    """Import a command's function: `cli/NAME.py` has one of the same name."""
+    attribute = name.replace("-", "_")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"freehold.cli.{attribute}"), attribute)
+    return function
+
+
+def _dispatch(args: list[str]) -> None:
+    asked = [args[len(_global_options(args))]] if len(_global_options(args)) < len(args) else []
+    build_app(load=asked)(args, prog_name="freehold")
+
+
+def _global_options(args: Sequence[str]) -> list[str]:
+    """The options before the command. None of them takes a value."""
+    options: list[str] = []
+    for arg in args:
+        if not arg.startswith("-"):
+            break
+        options.append(arg)
+    return options
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (also: FREEHOLD_DEBUG=1).")] = False,
+) -> None:
+    """Run GLM-5.2-class open-weight models on hardware you own."""
+    if version:
+        typer.echo(f"freehold {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST_STEPS, nl=False)
+
+
+def _unloaded() -> None:
+    """Stands for a command that this run did not ask for."""
+    raise AssertionError("the command asked for is always loaded")  # _dispatch loads it by its name
+
+
+if __name__ == "__main__":
+    sys.exit(main())
