@@ -1,0 +1,156 @@
+"""Writes everything in the documents that is generated from the code: `make docs`. A test compares it with the files.
+
+Each entry of `PAGES` makes one whole file, each of `REGIONS` the text between `<!-- NAME -->` and `<!-- /NAME -->`
+in a file that is otherwise written by hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+from freehold import errors
+from freehold.cli.main import COMMANDS, build_app
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "freehold"
+NOTE = "<!-- Made by `make docs` from {source}; do not edit. -->\n\n"
+
+
+def generated() -> dict[Path, str]:
+    """Every file that has generated text, with the content it should have."""
+    files = {ROOT / path: make() for path, make in PAGES.items()}
+    for (path, name), make in REGIONS.items():
+        file = ROOT / path
+        text = files.get(file) or file.read_text()
+        files[file] = replace_region(text, name, make())
+    return files
+
+
+def replace_region(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of region `name` replaced. Raises ValueError without markers."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"expected one region <!-- {name} --> … <!-- /{name} -->")
+    return pattern.sub(lambda match: match[1] + content + match[2], text)
+
+
+# ---- command line
+
+
+def cli_surface() -> str:
+    """One line for every command, argument and option, with its type and default: what must not change unnoticed."""
+    app = typer.main.get_command(build_app(load=COMMANDS))
+    lines = [f"freehold {surface_line(parameter)}" for parameter in app.params]
+    commands: Mapping[str, Any] = getattr(app, "commands")  # noqa: B009 (typer's group has it, its base has not)
+    for name, command in commands.items():
+        lines.append(f"freehold {name}")
+        lines += [f"freehold {name} {surface_line(parameter)}" for parameter in command.params]
+    return "\n".join(lines) + "\n"
+
+
+def surface_line(parameter: Any) -> str:
+    """`--port INTEGER = 8000` for an option, `DIRECTORY = None` for an argument."""
+    names = parameter.opts + parameter.secondary_opts if parameter.param_type_name == "option" else [parameter.name]
+    flag = getattr(parameter, "is_flag", False)
+    kind = "" if flag else f" {parameter.type.name}{' (repeatable)' if parameter.multiple else ''}"
+    choices = getattr(parameter.type, "choices", None)
+    if choices:
+        kind += f" [{'|'.join(str(getattr(choice, 'value', choice)) for choice in choices)}]"
+    return f"{' / '.join(names)}{kind}" + (" (required)" if parameter.required else f" = {parameter.default!r}")
+
+
+def cli_reference() -> str:
+    """The help of every command, as a page."""
+    runner, app = CliRunner(), build_app(load=COMMANDS)
+    parts = [NOTE.format(source="the command line's own help") + "# Command line\n"]
+    for words in ([], *([name] for name in COMMANDS)):
+        result = runner.invoke(app, [*words, "--help"], prog_name="freehold", terminal_width=100)
+        if result.exit_code != 0:
+            raise RuntimeError(f"freehold {' '.join(words)} --help failed: {result.output}")
+        parts.append(f"## freehold {' '.join(words)}".rstrip() + f"\n\n```text\n{result.output.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+# ---- errors
+
+
+def error_table() -> str:
+    """Every error class: HTTP status, exit code, `error.type` and `error.code`."""
+    rows = ["| error | HTTP status | exit code | `error.type` | `error.code` |", "|---|---|---|---|---|"]
+    for cls, depth in error_tree(errors.FreeholdError, 0):
+        indent = "&nbsp;&nbsp;" * depth
+        rows.append(f"| {indent}`{cls.__name__}` | {cls.status} | {cls.exit_code} | `{cls.type}` | `{cls.code}` |")
+    return "\n".join(rows) + "\n"
+
+
+def error_tree(cls: type[errors.FreeholdError], depth: int) -> Iterator[tuple[type[errors.FreeholdError], int]]:
+    yield cls, depth
+    for child in cls.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield from error_tree(child, depth + 1)
+
+
+# ---- layout
+
+
+def layout_tree() -> str:
+    """The tree of the package: every file with the first sentence of its docstring."""
+    return "```text\n" + "\n".join(["src/freehold/", *tree_lines(PACKAGE, 1)]) + "\n```\n"
+
+
+def tree_lines(folder: Path, depth: int) -> list[str]:
+    """A folder's files, then its folders, in order of name."""
+    lines: list[str] = []
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(("__pycache__", "."))]
+    for entry in sorted(entries, key=lambda entry: entry.is_dir()):
+        if entry.is_dir() and any(entry.rglob("*.*")):
+            about = summary(entry / "__init__.py") if (entry / "__init__.py").exists() else ""
+            lines.append(tree_line(f"{entry.name}/", about, depth))
+            lines += tree_lines(entry, depth + 1)
+        elif entry.suffix == ".py" and entry.name != "__init__.py":
+            lines.append(tree_line(entry.name, summary(entry), depth))
+        elif entry.is_file() and entry.suffix not in (".py", ".pyc", ".so") and entry.name != "py.typed":
+            lines.append(tree_line(entry.name, "", depth))
+    return lines
+
+
+def tree_line(name: str, about: str, depth: int) -> str:
+    return f"{'  ' * depth + name:<28} {about}".rstrip()
+
+
+def summary(file: Path) -> str:
+    """The first sentence of a module's docstring, on one line, without its full stop."""
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[a-z)`\"])\.\s", first)[0].rstrip(".:")
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "tests/golden/cli.txt": cli_surface,
+    "docs/reference/cli.md": cli_reference,
+}
+REGIONS: Mapping[tuple[str, str], Callable[[], str]] = {
+    ("ARCHITECTURE.md", "tree"): layout_tree,
+    ("docs/reference/errors.md", "errors"): error_table,
+}
+
+
+def main() -> int:
+    for path, content in generated().items():
+        if not path.exists() or path.read_text() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
