@@ -58,7 +58,7 @@ class Report:
         }
         if write if write is not None else not self.quick:
             RESULTS.mkdir(parents=True, exist_ok=True)
-            path = RESULTS / f"{self.name}-{datetime.date.today().isoformat()}.json"
+            path = RESULTS / f"{self.name}-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json"
             document = line | {"command": " ".join(sys.argv), "samples": self.samples}
             path.write_text(json.dumps(document, indent=1) + "\n")
             print(f"wrote {path.relative_to(ROOT)}")

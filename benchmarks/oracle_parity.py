@@ -1,7 +1,7 @@
 """Is the engine's output right? Compare it with `transformers` on random checkpoints, in fp32, through every path.
 
-Each configuration is written to disk as a checkpoint, read by `transformers` with its own loader, and by us. Prompts are
-longer than index_topk. For every path the engine generates greedily; then
+Each configuration is written to disk as a checkpoint, read by `transformers` with its own loader, and by us. Prompts
+are longer than index_topk. For every path the engine generates greedily; then
 
 * the tokens must be those that `transformers` generates, and
 * the logits of every row the engine computed must be within 1e-4 of `transformers`' for the same sequence.
@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 from _common import Report, arguments
-
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.request import Request
-from freehold.engine.runner import ModelRunner
 from freehold.engine.sampler import Sampler
+from freehold.model.tiny import size_config, write_random_checkpoint
+
+from freehold.engine.runner import ModelRunner
 from freehold.engine.step import StepInput
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
 from freehold.model.oracle import compare_layers, load_oracle, load_ours, stable_selection
-from freehold.model.tiny import size_config, write_random_checkpoint
 from freehold.types import SamplingParams, TokenChunk
 
 NEW_TOKENS = 200
@@ -39,7 +39,9 @@ TOLERANCE = 1e-4
 def configs() -> dict[str, dict[str, Any]]:
     """Variations on the smallest architecture; together they vary every size and every way to give the pattern."""
     base = size_config("nano") | {"index_topk": 8, "dtype": "float32"}
-    pattern = {key: base[key] for key in base if key not in ("indexer_types", "index_topk_freq", "index_skip_topk_offset")}
+    pattern = {
+        key: base[key] for key in base if key not in ("indexer_types", "index_topk_freq", "index_skip_topk_offset")
+    }
     return {
         "topk8 (indexer_types)": base,
         "all sizes differ": base
@@ -78,7 +80,9 @@ class RecordingRunner(ModelRunner):
 class Session:
     """A fresh engine on a loaded model."""
 
-    def __init__(self, model: Glm, *, chunk: int = 2048, blocks: int = 512, block_size: int = 16, seqs: int = 16) -> None:
+    def __init__(
+        self, model: Glm, *, chunk: int = 2048, blocks: int = 512, block_size: int = 16, seqs: int = 16
+    ) -> None:
         config = model.config
         self.runner = RecordingRunner(
             model,
@@ -141,7 +145,9 @@ def error_of(session: Session, sequences: dict[str, list[int]], oracle: Any) -> 
     return worst
 
 
-def paths(model: Glm, prompt: list[int], others: list[list[int]], new: int) -> dict[str, tuple[Session, dict[str, list[int]]]]:
+def paths(
+    model: Glm, prompt: list[int], others: list[list[int]], new: int
+) -> dict[str, tuple[Session, dict[str, list[int]]]]:
     """Every way a sequence can go through the engine."""
     found = {}
     session = Session(model)
@@ -185,7 +191,7 @@ def check(report: Report, name: str, config: dict[str, Any], new: int, *, unpatc
     if unpatched:
         wrong = [point for point in compare_layers(ours, oracle, prompt) if point.differs]
         told = wrong[0].point if wrong else "none"
-        print(f"  shown, no bar: first differing point, stable oracle: {first}; unpatched oracle (its own tie order): {told}")
+        print(f"  no bar: first differing point, stable oracle: {first}; with the oracle's own tie order: {told}")
         report.samples[name]["unpatched_first_difference"] = told
 
 

@@ -3,7 +3,7 @@
     FreeholdError                     500  1
     ├── InvalidRequest                400  2   a field, flag or value is wrong; `param` names it
     │   ├── UnknownField              400  2
-    │   ├── UnsupportedField          400  2   known to the API, not honoured here, and ignoring it would change the result
+    │   ├── UnsupportedField          400  2   not honoured here, and ignoring it would change the result
     │   └── ContextTooLong            400  2   prompt + max_tokens exceed the context length
     ├── AuthenticationFailed          401  2
     ├── NotFound                      404  2   no such model or route
@@ -11,9 +11,9 @@
     ├── Unavailable                   503  5   starting, draining or dead; `retry_after` seconds
     ├── InsufficientMemory            507  5   it cannot fit; the message says how many bytes it needs and has
     ├── ConfigError                   500  3   config.json or a settings file: unknown, missing or contradictory key
-    ├── CheckpointError               500  4   weights: missing shard, truncated file, wrong shape or dtype, unused tensor
+    ├── CheckpointError               500  4   weights: missing shard, truncated file, wrong shape, unused tensor
     │   └── DiskFull                  500  4
-    ├── MissingExtra                  501  6   an optional dependency is not installed; the message has the line that installs it
+    ├── MissingExtra                  501  6   a dependency is not installed; the message has the line that does it
     └── EngineError                   500  7   the engine failed inside a step
 
 A message names the cause and the cure, in one line, without a traceback for the user.

@@ -72,9 +72,7 @@ def build_engine(
     return Engine(engine_config, ModelRunner(model, cache, sampler)), tokenizer
 
 
-def load_model(
-    directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None
-) -> Glm:
+def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None) -> Glm:
     """The model with its weights, in evaluation mode and without gradients."""
     name = config.dtype if options.dtype == "auto" else options.dtype
     if name == "float16":

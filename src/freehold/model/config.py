@@ -9,6 +9,7 @@ Source: the published configs of zai-org/GLM-5 … GLM-5.3 and `transformers` 5.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class GlmConfig:
 
     @property
     def softmax_scale(self) -> float:
-        return float(self.qk_head_dim) ** -0.5
+        return 1.0 / math.sqrt(self.qk_head_dim)
 
     @property
     def full_layers(self) -> tuple[int, ...]:

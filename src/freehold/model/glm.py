@@ -1,7 +1,7 @@
 """The GLM-5.2 architecture: embedding, decoder layers, final norm and head, and the MTP layer.
 
 Read `mla.py`, `indexer.py` and `moe.py` for the three parts of a layer; `ops/` for the maths; `names.py` for how the
-published checkpoint names everything. Source: `transformers` 5.23 `glm_moe_dsa` (without MTP), vLLM 0.32, SGLang 0.5.23.
+published checkpoint names everything. Source: `transformers` 5.23 `glm_moe_dsa` (no MTP), vLLM 0.32, SGLang 0.5.23.
 
 Shape suffixes: T rows, R selected rows, H hidden, V vocabulary.
 """
@@ -21,6 +21,7 @@ from freehold.model.moe import MoE
 from freehold.model.mtp import MtpInput, SharedHead
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
+
 
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer: h += attention(norm(h)); h += mlp(norm(h))."""
@@ -106,7 +107,10 @@ class Glm(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Published tensor name → the parameter, or the view of a stacked one, that holds it. Works on `meta`."""
-        tensors = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm.weight}
+        tensors: dict[str, Tensor] = {
+            "model.embed_tokens.weight": self.embed_tokens,
+            "model.norm.weight": self.norm.weight,
+        }
         tensors["lm_head.weight"] = self.lm_head.weight
         layers = [*self.layers, *([self.mtp] if self.mtp is not None else [])]
         for i, layer in enumerate(layers):

@@ -31,7 +31,7 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, device=device)
 
     def _rotate(self, ops: Ops, x_TJD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rope, rest = x_TJD.split((self.rope_dim, self.head_dim - self.rope_dim), dim=-1)
+        rope, rest = torch.split(x_TJD, [self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((ops.rope(rope, cos, sin, self.interleaved), rest), dim=-1)
 
     def keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

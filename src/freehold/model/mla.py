@@ -58,7 +58,11 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: GlmConfig, *, full: bool, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        self.heads, self.nope, self.rope_dim = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.heads, self.nope, self.rope_dim = (
+            config.num_attention_heads,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+        )
         self.rank, self.value_dim = config.kv_lora_rank, config.v_head_dim
         self.interleaved, self.scale, self.eps = config.rope_interleave, config.softmax_scale, config.latent_norm_eps
         hidden, bias = config.hidden_size, config.attention_bias
@@ -92,7 +96,7 @@ class LatentAttention(nn.Module):
             ops.linear(x_TH, self.q_a_proj.weight, self.q_a_proj.bias), self.q_a_layernorm.weight, self.eps
         )
         query = ops.linear(latent_TC, self.q_b_proj.weight).view(-1, self.heads, self.nope + self.rope_dim)
-        query_nope, query_rope = query.split((self.nope, self.rope_dim), dim=-1)
+        query_nope, query_rope = torch.split(query, [self.nope, self.rope_dim], dim=-1)
         query_rope = ops.rope(query_rope, cos, sin, self.interleaved)
         self._write_latent(ops, x_TH, inputs, cos, sin, latent_SL)
         if self.indexer is not None:
@@ -108,7 +112,7 @@ class LatentAttention(nn.Module):
         self, ops: Ops, x_TH: Tensor, inputs: ForwardInput, cos: Tensor, sin: Tensor, latent_SL: Tensor
     ) -> None:
         compressed = ops.linear(x_TH, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
-        latent_TV, key_TQ = compressed.split((self.rank, self.rope_dim), dim=-1)
+        latent_TV, key_TQ = torch.split(compressed, [self.rank, self.rope_dim], dim=-1)
         latent_TV = ops.rms_norm(latent_TV, self.kv_a_layernorm.weight, self.eps)
         key_TQ = ops.rope(key_TQ[:, None], cos, sin, self.interleaved)[:, 0]
         latent_SL[inputs.slots_T] = torch.cat((latent_TV, key_TQ), dim=-1).to(latent_SL.dtype)
@@ -138,10 +142,11 @@ class LatentAttention(nn.Module):
             out_TNO[rows] = self._absorbed(ops, query_nope[rows], query_rope[rows], latent_SL, slots_RK)
         return out_TNO
 
-    def _absorbed(self, ops: Ops, query_nope: Tensor, query_rope: Tensor, latent_SL: Tensor, slots_RK: Tensor) -> Tensor:
-        up_key_NAV, up_value_NOV = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split(
-            (self.nope, self.value_dim), dim=1
-        )
+    def _absorbed(
+        self, ops: Ops, query_nope: Tensor, query_rope: Tensor, latent_SL: Tensor, slots_RK: Tensor
+    ) -> Tensor:
+        kv_b = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+        up_key_NAV, up_value_NOV = torch.split(kv_b, [self.nope, self.value_dim], dim=1)
         absorbed_RNV = torch.matmul(query_nope.transpose(0, 1), up_key_NAV).transpose(0, 1)
         query_RNL = torch.cat((absorbed_RNV, query_rope), dim=-1)
         mixed_RNV = ops.sparse_attention(query_RNL, latent_SL, slots_RK, self.rank, self.scale)

@@ -63,4 +63,5 @@ class MoE(nn.Module):
     def forward(self, ops: Ops, x_TH: Tensor) -> Tensor:
         ids_TX, weights_TX = self.gate(ops, x_TH)
         routed_TH = ops.experts(x_TH, ids_TX, weights_TX, self.experts.gate_up_proj, self.experts.down_proj)
-        return routed_TH + self.shared_experts(ops, x_TH)
+        shared_TH: Tensor = self.shared_experts(ops, x_TH)
+        return routed_TH + shared_TH

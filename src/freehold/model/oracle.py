@@ -33,7 +33,7 @@ def load_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> An
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise MissingExtra("comparing with transformers needs it: pip install 'transformers>=5.23'") from None
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
@@ -57,17 +57,17 @@ def stable_selection() -> Iterator[None]:
         return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        torch.Tensor.topk = stable_topk  # type: ignore[method-assign,assignment]
+        setattr(torch.Tensor, "topk", stable_topk)  # noqa: B010 - a method, for the length of one call
         try:
             return forward(self, *args, **kwargs)
         finally:
-            torch.Tensor.topk = topk  # type: ignore[method-assign]
+            setattr(torch.Tensor, "topk", topk)  # noqa: B010
 
-    module.GlmMoeDsaIndexer.forward = patched
+    setattr(module.GlmMoeDsaIndexer, "forward", patched)  # noqa: B010
     try:
         yield
     finally:
-        module.GlmMoeDsaIndexer.forward = forward
+        setattr(module.GlmMoeDsaIndexer, "forward", forward)  # noqa: B010
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,9 @@ class Difference:
         return self.first_row is not None
 
 
-def compare_layers(ours: Glm, oracle: nn.Module, token_ids: Sequence[int], *, tolerance: float = 1e-4) -> list[Difference]:
+def compare_layers(
+    ours: Glm, oracle: nn.Module, token_ids: Sequence[int], *, tolerance: float = 1e-4
+) -> list[Difference]:
     """Run one prompt through both and compare, in order of computation: each layer's selection (full layers),
     attention output, MLP output and residual stream, then the logits. Give it more than index_topk tokens: at or
     below that, every position is selected and a wrong indexer cannot be seen.
@@ -95,13 +97,15 @@ def compare_layers(ours: Glm, oracle: nn.Module, token_ids: Sequence[int], *, to
     with torch.inference_mode(), mine as my_points, theirs as their_points:
         my_logits = ours.logits(ours(single_sequence(token_ids), cache))
         their_logits = oracle(torch.tensor([list(token_ids)])).logits[0]
-    found = []
+    found: list[Difference] = []
     for i, kind in enumerate(ours.config.indexer_types):
         if kind == "full" and length > topk:
             selected = _compare_selection(i, my_points[i]["selection"], their_points[i]["selection"], topk)
             found.append(selected)
-        for part in ("attention", "mlp", "residual"):
-            found.append(_compare(f"layers.{i}.{part}", my_points[i][part], their_points[i][part], tolerance))
+        found += [
+            _compare(f"layers.{i}.{part}", my_points[i][part], their_points[i][part], tolerance)
+            for part in ("attention", "mlp", "residual")
+        ]
     found.append(_compare("logits", my_logits, their_logits, tolerance))
     return found
 
@@ -124,9 +128,10 @@ def _record(layers: nn.ModuleList) -> Iterator[list[dict[str, Tensor]]]:
         def residual(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
             points[i]["residual"] = output[0]
 
-        handles.append(layer.self_attn.register_forward_hook(attention))
-        handles.append(layer.mlp.register_forward_hook(mlp))  # type: ignore[union-attr]
-        handles.append(layer.register_forward_hook(residual))
+        parts: Any = layer
+        handles.append(parts.self_attn.register_forward_hook(attention))
+        handles.append(parts.mlp.register_forward_hook(mlp))
+        handles.append(parts.register_forward_hook(residual))
     try:
         yield points
     finally:

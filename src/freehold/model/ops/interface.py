@@ -35,7 +35,7 @@ class Ops(Protocol):
         ...
 
     def rope(self, x_TNQ: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool) -> Tensor:
-        """Rotate the pairs (x_2j, x_2j+1) if interleaved, else (x_j, x_j+Q/2), in fp32; result in x's dtype and layout."""
+        """Rotate pairs (x_2j, x_2j+1) if interleaved, else (x_j, x_j+Q/2), in fp32; result in x's dtype and layout."""
         ...
 
     def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
@@ -61,7 +61,9 @@ class Ops(Protocol):
         """
         ...
 
-    def experts(self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    def experts(
+        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+    ) -> Tensor:
         """Σ_x weights · Expert_ids(x): [T, H]. gate_up has the gate's rows first, [E, 2I, H]."""
         ...
 
@@ -77,12 +79,24 @@ class Ops(Protocol):
         """
         ...
 
-    def sparse_attention(self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float) -> Tensor:
-        """Absorbed attention over selected slots: softmax(q · latent · scale) · latent[:rank], fp32 softmax: [R, N, V]."""
+    def sparse_attention(
+        self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float
+    ) -> Tensor:
+        """Absorbed attention over selected slots: softmax(q · latent · scale) · latent[:rank], [R, N, V].
+
+        The softmax is in fp32. A slot of -1 is no slot; a row has at least one slot.
+        """
         ...
 
     def dense_attention(
-        self, query_TNC: Tensor, latent_SL: Tensor, kv_b_OV: Tensor, span: Span, block_size: int, nope: int, scale: float
+        self,
+        query_TNC: Tensor,
+        latent_SL: Tensor,
+        kv_b_OV: Tensor,
+        span: Span,
+        block_size: int,
+        nope: int,
+        scale: float,
     ) -> Tensor:
         """Expanded causal attention of one span over all its positions below its end: [T, N, v_head_dim].
 

@@ -72,14 +72,16 @@ class ReferenceOps:
             weights_TX = weights_TX / (weights_TX.sum(-1, keepdim=True) + 1e-20)
         return ids_TX, weights_TX * scale
 
-    def experts(self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    def experts(
+        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+    ) -> Tensor:
         # Rows are sorted by expert, each expert sees its rows once, and every token sums its experts in one order.
         tokens, chosen = ids_TX.shape
         order = torch.argsort(ids_TX.flatten(), stable=True)
         counts = torch.bincount(ids_TX.flatten(), minlength=gate_up_EIH.shape[0]).tolist()
         rows = x_TH[order // chosen]
         parts = []
-        for expert, part in enumerate(rows.split(counts)):
+        for expert, part in enumerate(torch.split(rows, counts)):
             if part.shape[0]:
                 gate, up = F.linear(part, gate_up_EIH[expert]).chunk(2, dim=-1)
                 parts.append(F.linear(F.silu(gate) * up, down_EHI[expert]))
@@ -108,9 +110,7 @@ class ReferenceOps:
             row += span.length
         return chosen_RK
 
-    def _best(
-        self, query_TJD: Tensor, weight_TJ: Tensor, keys_PD: Tensor, span: Span, skip: int, topk: int
-    ) -> Tensor:
+    def _best(self, query_TJD: Tensor, weight_TJ: Tensor, keys_PD: Tensor, span: Span, skip: int, topk: int) -> Tensor:
         """Positions [rows, topk] chosen for the span's rows after the first `skip`, scored in blocks of rows."""
         heads = query_TJD.shape[1]
         block = max(1, _SCORE_BLOCK // (heads * span.end))
@@ -127,7 +127,9 @@ class ReferenceOps:
             found.append(stable_topk(scores, topk))
         return torch.cat(found)
 
-    def sparse_attention(self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float) -> Tensor:
+    def sparse_attention(
+        self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float
+    ) -> Tensor:
         block = max(1, _GATHER_BLOCK // (slots_RK.shape[1] * latent_SL.shape[1]))
         out = []
         for first in range(0, slots_RK.shape[0], block):
@@ -141,7 +143,14 @@ class ReferenceOps:
         return torch.cat(out)
 
     def dense_attention(
-        self, query_TNC: Tensor, latent_SL: Tensor, kv_b_OV: Tensor, span: Span, block_size: int, nope: int, scale: float
+        self,
+        query_TNC: Tensor,
+        latent_SL: Tensor,
+        kv_b_OV: Tensor,
+        span: Span,
+        block_size: int,
+        nope: int,
+        scale: float,
     ) -> Tensor:
         heads, rank = query_TNC.shape[1], kv_b_OV.shape[1]
         latent = latent_SL[span.slots_P(block_size)]  # [P, L]
