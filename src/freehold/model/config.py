@@ -107,7 +107,7 @@ class GlmConfig:
 
     @property
     def softmax_scale(self) -> float:
-        return float(self.qk_head_dim) ** -0.5
+        return float(self.qk_head_dim**-0.5)
 
     @property
     def full_layers(self) -> tuple[int, ...]:
