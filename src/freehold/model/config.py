@@ -108,7 +108,7 @@ class GlmConfig:
 
     @property
     def softmax_scale(self) -> float:
-        return 1.0 / math.sqrt(self.qk_head_dim)
+        return float(self.qk_head_dim**-0.5)
 
     @property
     def full_layers(self) -> tuple[int, ...]:
