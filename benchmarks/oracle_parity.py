@@ -22,7 +22,8 @@ from _common import Report, arguments
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.request import Request
 from freehold.engine.sampler import Sampler
-from freehold.model.tiny import size_config, write_random_checkpoint
+from freehold.model.sizes import size_config
+from freehold.model.tiny import write_random_checkpoint
 
 from freehold.engine.runner import ModelRunner
 from freehold.engine.step import StepInput

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from freehold.model.tiny import size_config, write_random_checkpoint
+from freehold.model.sizes import size_config
+from freehold.model.tiny import write_random_checkpoint
 from tests.faults import models as faults
 
 from freehold.model.glm import Glm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from freehold.model.tiny import size_config
+from freehold.model.sizes import size_config
 
 from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
