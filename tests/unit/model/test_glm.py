@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from freehold.model.sizes import size_config
 
 from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
@@ -11,6 +10,7 @@ from freehold.model.glm import Glm
 from freehold.model.inputs import single_sequence
 from freehold.model.names import tensor_specs
 from freehold.model.ops.reference import ReferenceOps
+from freehold.model.sizes import size_config
 
 
 def published() -> GlmConfig:
