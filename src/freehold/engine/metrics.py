@@ -1,0 +1,213 @@
+"""What an engine tells Prometheus: each quantity is recorded once and exported under our name and vLLM's.
+
+Gateways, autoscalers and dashboards know vLLM's names (`vllm:num_requests_waiting`, `vllm:kv_cache_usage_perc`, …), so
+the ones below carry the same meaning here. Ours are the same with the prefix `freehold_`, and a few that vLLM lacks.
+
+Recording happens on the engine's thread, up to hundreds of times a step, so it is plain arithmetic on our own objects;
+`prometheus_client` comes in only when somebody scrapes. There is one writer and no lock: a scrape from another thread
+may see the count of an observation before its sum. Torch-free.
+
+Source of the names and buckets: vLLM `v1/metrics/loggers.py`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from freehold.timing import StreamClock
+from freehold.types import FinishReason, TokenChunk
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
+ITL_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+E2E_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state and the totals of an engine, at one moment.
+
+    waiting counts requests that hold no blocks (queued or preempted). kv_usage: fraction of the cache's blocks held.
+    prefix_*: prompt tokens looked up, and found, in the prefix cache. finished: requests by reason.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    draft_proposed: int = 0
+    draft_accepted: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Mapping[FinishReason, int] | None = None
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted drafts over proposed ones; None before any was proposed."""
+        return self.draft_accepted / self.draft_proposed if self.draft_proposed else None
+
+
+class Histogram:
+    """Counts by bucket."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def family(self, name: str, text: str, model_name: str) -> HistogramMetricFamily:
+        buckets: list[tuple[str, float]] = []
+        count = 0
+        for bound, here in zip((*map(str, self.bounds), "+Inf"), tuple(self.counts), strict=True):
+            count += here
+            buckets.append((bound, count))
+        family = HistogramMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([model_name], buckets, self.total)
+        return family
+
+
+class EngineMetrics(Collector):
+    """The metrics of one engine, in a registry of their own. `registry` is what `/metrics` exposes."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self.model_name = model_name
+        self.registry = CollectorRegistry()
+        self.finished = dict.fromkeys(FinishReason, 0)
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.steps = 0
+        self._stats = stats
+        self._clocks: dict[str, StreamClock] = {}
+        self._ttft = Histogram(TTFT_BUCKETS)
+        self._itl = Histogram(ITL_BUCKETS)
+        self._tpot = Histogram(ITL_BUCKETS)
+        self._e2e = Histogram(E2E_BUCKETS)
+        self._step = Histogram(STEP_BUCKETS)
+        self.registry.register(self)
+
+    def begin(self, request_id: str, arrival: float) -> None:
+        """Measure this request from its arrival on. Requests that were not begun are left out (a warm-up)."""
+        self._clocks[request_id] = StreamClock(arrival)
+
+    def record(self, chunks: Iterable[TokenChunk], now: float, *, step_seconds: float | None = None) -> None:
+        """Note one step and the chunks it made; step_seconds is None where there was nothing to compute."""
+        if step_seconds is not None:
+            self.steps += 1
+            self._step.observe(step_seconds)
+        for chunk in chunks:
+            clock = self._clocks.get(chunk.request_id)
+            if clock is not None:
+                self._record_chunk(chunk, clock, now)
+
+    def _record_chunk(self, chunk: TokenChunk, clock: StreamClock, now: float) -> None:
+        if chunk.token_ids:
+            self.generation_tokens += len(chunk.token_ids)
+            gap = clock.tick(now, len(chunk.token_ids))
+            if gap is not None:
+                self._itl.observe(gap)
+            else:
+                self._ttft.observe(now - clock.started)
+                self.prompt_tokens += chunk.usage.prompt_tokens
+        if chunk.finish_reason is None:
+            return
+        del self._clocks[chunk.request_id]
+        self.finished[chunk.finish_reason] += 1
+        if chunk.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            if clock.first is None:  # max_tokens = 0: the prompt was all there was
+                self.prompt_tokens += chunk.usage.prompt_tokens
+            self._e2e.observe(now - clock.started)
+            if clock.tpot is not None:
+                self._tpot.observe(clock.tpot)
+
+    def mean_e2e(self) -> float | None:
+        """Mean end-to-end seconds of the requests that ended by themselves; None before the first."""
+        count = sum(self._e2e.counts)
+        return self._e2e.total / count if count else None
+
+    # ── scraping ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # tells the registry not to collect once just to learn the names
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        yield from self._gauges(stats)
+        yield from self._counters(stats)
+        yield from self._histograms()
+
+    def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
+        for name, text, value in (
+            ("num_requests_running", "Requests that hold cache blocks and are being computed.", stats.running),
+            ("num_requests_waiting", "Requests that are queued, preempted ones included.", stats.waiting),
+            ("kv_cache_usage_perc", "Fraction of the cache blocks held by requests; 1 is full.", stats.kv_usage),
+        ):
+            ours = "kv_cache_usage_ratio" if name == "kv_cache_usage_perc" else name
+            for full in (f"freehold_{ours}", f"vllm:{name}"):
+                gauge = GaugeMetricFamily(full, text, labels=["model_name"])
+                gauge.add_metric([self.model_name], value)
+                yield gauge
+
+    def _counters(self, stats: EngineStats) -> Iterator[Metric]:
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens of requests that produced something.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            ("num_preemptions", "Times a request lost its blocks and had to be recomputed.", stats.preemptions),
+            ("spec_decode_num_draft_tokens", "Draft tokens proposed.", stats.draft_proposed),
+            ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.draft_accepted),
+        ):
+            for full in (f"freehold_{name}", f"vllm:{name}"):
+                counter = CounterMetricFamily(full, text, labels=["model_name"])
+                counter.add_metric([self.model_name], value)
+                yield counter
+        steps = CounterMetricFamily("freehold_steps", "Engine steps.", labels=["model_name"])
+        steps.add_metric([self.model_name], self.steps)
+        yield steps
+        yield from self._finished(stats)
+
+    def _finished(self, stats: EngineStats) -> Iterator[Metric]:
+        text = "Requests that ended, by reason (abort and error included)."
+        for full in ("freehold_requests_finished", "vllm:request_success"):
+            counter = CounterMetricFamily(full, text, labels=["model_name", "finished_reason"])
+            for reason, count in (stats.finished or {}).items():
+                counter.add_metric([self.model_name, reason.value], count)
+            yield counter
+
+    def _histograms(self) -> Iterator[Metric]:
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "From arrival to the first token, reasoning included.", self._ttft),
+            (
+                "inter_token_latency_seconds",
+                "Between two chunks of a stream, which may have several tokens.",
+                self._itl,
+            ),
+            ("e2e_request_latency_seconds", "From arrival to the last token.", self._e2e),
+            ("request_time_per_output_token_seconds", "(E2E - TTFT) / (tokens - 1) of a request.", self._tpot),
+        ):
+            yield histogram.family(f"freehold_{name}", text, self.model_name)
+            yield histogram.family(f"vllm:{name}", text, self.model_name)
+        yield self._step.family("freehold_step_seconds", "Duration of an engine step.", self.model_name)

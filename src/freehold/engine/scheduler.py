@@ -1,0 +1,380 @@
+"""Which tokens of which requests are computed next. Pure Python: integers in, one frozen `StepInput` out. Torch-free.
+
+Each step is filled in this order, under `max_num_batched_tokens`:
+
+    1. decode     every running request that generates gets its one token (and room for its drafts);
+    2. prefill    running requests whose prompt is not finished continue, oldest first, in chunks;
+    3. admission  waiting requests start, first come first served, if there are blocks for all their tokens.
+
+So a long prompt delays running streams by at most one chunk's step, and never starves them.
+
+Blocks for a whole prompt are taken at admission, so only decoding can run out of them. Then the youngest running
+request is preempted: its blocks are freed, it returns to the head of the queue, and later recomputes its prompt and
+output (the prefix cache usually still has them). Requests are admitted and preempted in one order, their arrival; hence
+`running` is always sorted, all of it is older than all of `waiting`, and the oldest request always gets on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from freehold.engine.block_manager import BlockManager
+from freehold.engine.request import Request, RequestStatus
+from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
+from freehold.errors import ContextTooLong, EngineError, InsufficientMemory, InvalidRequest
+from freehold.types import FinishReason, SamplingParams, TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """max_num_batched_tokens: the token budget of a step. max_num_seqs: requests that run at once.
+
+    num_draft_tokens: positions reserved behind the last token of a request that samples, for drafts that the runner
+        writes to the cache and verifies in the same step; a runner then returns 1 to num_draft_tokens+1 tokens. Near a
+        request's limit fewer are reserved: what the block table covers is what a runner may write.
+    cache_bytes_per_token: only for messages.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    eos_token_ids: tuple[int, ...] = ()
+    num_draft_tokens: int = 0
+    cache_bytes_per_token: int = 0
+
+    @property
+    def max_running(self) -> int:
+        """No more than the budget can decode in one step, so that every stream advances in every step."""
+        return max(1, min(self.max_num_seqs, self.max_num_batched_tokens // (1 + self.num_draft_tokens)))
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start. Prefix tokens are counted when a request first runs, not after a preemption."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    draft_proposed: int = 0
+    draft_accepted: int = 0
+
+
+class Scheduler:
+    """Owns every unfinished request. `schedule` and `update` alternate; `add` and `abort` come between them."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.requests: dict[str, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.counters = SchedulerCounters()
+        self._eos = frozenset(config.eos_token_ids)
+        self._finished: list[str] = []  # known to the runner, to be dropped by it
+        self._next_sequence = 0
+        self._next_step = 0
+
+    # ── entering and leaving ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        """Refuse what could never run, even alone. Reads only the configuration, so any thread may call it."""
+        if num_prompt_tokens < 1:
+            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        total = num_prompt_tokens + params.max_tokens
+        limit = self.config.max_model_len
+        if total > limit:
+            raise ContextTooLong(
+                f"the prompt has {num_prompt_tokens:,} tokens and max_tokens is {params.max_tokens:,}, together "
+                f"{total:,}, but the context length is {limit:,}; shorten the prompt or ask for at most "
+                f"{max(0, limit - num_prompt_tokens):,} tokens",
+                param="max_tokens" if num_prompt_tokens < limit else None,
+            )
+        needed = self.blocks.blocks_for(_cached_positions(num_prompt_tokens, params.max_tokens))
+        if needed > self.blocks.num_blocks:
+            size = self.blocks.block_size * self.config.cache_bytes_per_token
+            most = self.blocks.num_blocks * self.blocks.block_size
+            raise InsufficientMemory(
+                f"{total:,} tokens of context need {needed * size:,} bytes of cache, but the whole cache has "
+                f"{self.blocks.num_blocks * size:,} bytes ({most:,} tokens); lower max_tokens, shorten the prompt, or "
+                "serve with a larger cache",
+                param="max_tokens",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises what `check` raises, and InvalidRequest for an id that is in use."""
+        self.check(request.num_prompt_tokens, request.params)
+        if request.request_id in self.requests:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique", param="request_id")
+        request.sequence = self._next_sequence
+        self._next_sequence += 1
+        stops = frozenset(request.params.stop_token_ids)
+        request.ending_ids = stops if request.params.ignore_eos else stops | self._eos
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> TokenChunk | None:
+        """End a request now; its blocks are free on return. None if there is no such request."""
+        request = self.requests.get(request_id)
+        return None if request is None else self._finish(request, FinishReason.ABORT)
+
+    def fail_all(self, error: Exception) -> list[TokenChunk]:
+        """End every request with ERROR: the runner failed."""
+        return [self._finish(request, FinishReason.ERROR, error=error) for request in list(self.requests.values())]
+
+    def take_finished(self) -> tuple[str, ...]:
+        """Ids the runner may forget, for when no step will tell it."""
+        finished, self._finished = tuple(self._finished), []
+        return finished
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    # ── one step ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> StepInput | None:
+        """The next step, or None if there is nothing to compute."""
+        if not self.requests:
+            return None
+        seqs: list[ScheduledSeq] = []
+        preempted = self.counters.preemptions
+        budget = self._schedule_decodes(seqs, self.config.max_num_batched_tokens)
+        budget = self._schedule_prefills(seqs, budget)
+        new: list[NewRequest] = []
+        if preempted == self.counters.preemptions:  # what was just preempted must not be admitted in its place
+            self._admit(seqs, new, budget)
+        if not seqs:
+            raise EngineError("scheduler: requests are waiting but none can run")  # excluded by check()
+        self._next_step += 1
+        return StepInput(self._next_step, tuple(seqs), tuple(new), self.take_finished())
+
+    def _schedule_decodes(self, seqs: list[ScheduledSeq], budget: int) -> int:
+        running, drafts = self.running, self.config.num_draft_tokens
+        at = 0
+        while at < len(running):  # preemption shortens the list at its end
+            request = running[at]
+            at += 1
+            last = len(request.token_ids) - 1
+            if request.num_computed_tokens != last:
+                continue
+            if not self._reserve(request):
+                break  # it was the youngest, and preempted itself
+            table = request.table
+            seqs.append(
+                ScheduledSeq(request.request_id, (request.token_ids[last],), last, table.ids, table.epoch, True)
+            )
+            budget -= 1 + drafts
+        return budget
+
+    def _reserve(self, request: Request) -> bool:
+        """Make the table cover the last token and its drafts, preempting the youngest until it fits."""
+        positions = self._positions_wanted(request)
+        table = request.table
+        if positions <= len(table.blocks) * self.blocks.block_size:
+            return True
+        while not self.blocks.extend(table, positions):
+            if self.preempt_youngest() is request:
+                return False
+        return True
+
+    def _schedule_prefills(self, seqs: list[ScheduledSeq], budget: int) -> int:
+        for request in self.running:
+            if budget < 1:
+                break
+            if request.num_computed_tokens < len(request.token_ids) - 1:
+                budget -= self._schedule_chunk(request, seqs, budget)
+        return budget
+
+    def _schedule_chunk(self, request: Request, seqs: list[ScheduledSeq], budget: int) -> int:
+        start = request.num_computed_tokens
+        stop = min(len(request.token_ids), start + budget)
+        tokens = tuple(request.token_ids[start:stop])
+        samples = stop == len(request.token_ids)
+        table = request.table
+        seqs.append(ScheduledSeq(request.request_id, tokens, start, table.ids, table.epoch, samples))
+        return stop - start
+
+    def _admit(self, seqs: list[ScheduledSeq], new: list[NewRequest], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_running:
+            request = self.waiting[0]
+            # With prompt_logprobs every position must be computed, until they have been handed out.
+            prefix = [] if request.prompt_logprobs is not None else self._find_prefix(request)
+            # A spare block for each running request keeps it from preempting the newcomer as soon as its block is full.
+            wanted = self._positions_wanted(request)
+            if not self.blocks.allocate(request.table, wanted, prefix, spare=len(self.running)):
+                return
+            self.waiting.popleft()
+            self.running.append(request)
+            request.num_computed_tokens = len(prefix) * self.blocks.block_size
+            if request.status is RequestStatus.WAITING:
+                request.num_cached_tokens = request.num_computed_tokens
+                if request.prompt_logprobs is None and self.blocks.enable_prefix_cache:
+                    self.counters.prefix_queries += request.num_prompt_tokens
+                    self.counters.prefix_hits += request.num_cached_tokens
+            request.status = RequestStatus.RUNNING
+            if not request.announced:
+                request.announced = True
+                new.append(NewRequest(request.request_id, request.prompt_token_ids, request.params))
+            budget -= self._schedule_chunk(request, seqs, budget)
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        return self.blocks.find_prefix(request.table, request.token_ids)
+
+    def _positions_wanted(self, request: Request) -> int:
+        """Positions to hold a place in the cache for: all known tokens, and drafts as far as the request can go."""
+        known = len(request.token_ids)
+        drafts = self.config.num_draft_tokens
+        if not drafts:
+            return known
+        return max(known, min(known + drafts, _cached_positions(request.num_prompt_tokens, request.params.max_tokens)))
+
+    def preempt_youngest(self) -> Request | None:
+        """Take the blocks of the youngest running request and queue it again, at the head."""
+        if not self.running:
+            return None
+        request = self.running.pop()
+        self.blocks.free(request.table)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.PREEMPTED
+        self.waiting.appendleft(request)
+        self.counters.preemptions += 1
+        return request
+
+    # ── what came of it ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update(self, step: StepInput, outputs: Sequence[SeqOutput]) -> list[TokenChunk]:
+        """Take a step's outputs, in the order of `step.seqs`; returns the chunks of the requests that got tokens.
+
+        A sequence that samples may return no token yet: it is scheduled again unchanged. Raises EngineError if the
+        outputs are not those of this step.
+        """
+        if len(outputs) != len(step.seqs):
+            raise EngineError(f"the runner returned {len(outputs)} outputs for {len(step.seqs)} sequences")
+        chunks: list[TokenChunk] = []
+        for seq, output in zip(step.seqs, outputs, strict=True):
+            if seq.request_id != output.request_id:
+                raise EngineError(f"the runner returned {output.request_id!r} in the place of {seq.request_id!r}")
+            request = self.requests.get(seq.request_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue  # aborted or preempted while the step ran
+            if output.error is not None:
+                chunks.append(self._finish(request, FinishReason.ERROR, error=output.error))
+                continue
+            if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
+                # After a preemption, positions that were scored before come again.
+                scored = len(request.prompt_logprobs) - 1 - seq.start
+                request.prompt_logprobs.extend(output.prompt_logprobs[max(0, scored) :])
+            if not seq.samples:
+                request.num_computed_tokens = seq.start + len(seq.token_ids)
+                self._publish(request)
+            elif output.token_ids:
+                chunks.append(self._accept(request, output))
+        return chunks
+
+    def _accept(self, request: Request, output: SeqOutput) -> TokenChunk:
+        """Append the sampled tokens, up to the one that ends the request if one does."""
+        broken = self._broken_contract(request, output)
+        if broken is not None:
+            return self._finish(request, FinishReason.ERROR, error=broken)
+        kept, reason = _append(request, output.token_ids)
+        # Whatever was kept but the last token is in the cache already: drafts are computed before they are accepted.
+        request.num_computed_tokens = len(request.token_ids) - (kept > 0)
+        self._publish(request)
+        if output.draft_proposed:
+            self._count_drafts(request, output.draft_proposed, min(output.draft_accepted, kept))
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        chunk = TokenChunk(
+            request.request_id,
+            output.token_ids[:kept],
+            None if output.logprobs is None else output.logprobs[:kept],
+            None if prompt_logprobs is None else tuple(prompt_logprobs),
+            reason,
+            request.token_ids[-1] if reason is FinishReason.STOP else None,
+            request.usage(),
+        )
+        if reason is not None:
+            self._remove(request)
+        return chunk
+
+    def _broken_contract(self, request: Request, output: SeqOutput) -> EngineError | None:
+        room = 1 + self.config.num_draft_tokens
+        if len(output.token_ids) > room:
+            return EngineError(f"the runner returned {len(output.token_ids)} tokens, but the cache has room for {room}")
+        if request.prompt_logprobs is not None and len(request.prompt_logprobs) != request.num_prompt_tokens:
+            scored, wanted = len(request.prompt_logprobs) - 1, request.num_prompt_tokens - 1
+            return EngineError(f"the runner scored {scored} of {wanted} prompt tokens")
+        return None
+
+    def _count_drafts(self, request: Request, proposed: int, accepted: int) -> None:
+        request.draft_proposed += proposed
+        request.draft_accepted += accepted
+        self.counters.draft_proposed += proposed
+        self.counters.draft_accepted += accepted
+
+    def _publish(self, request: Request) -> None:
+        table = request.table
+        if request.num_computed_tokens // self.blocks.block_size > table.num_published:
+            self.blocks.publish(table, request.token_ids, request.num_computed_tokens)
+
+    def _finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> TokenChunk:
+        self._remove(request)
+        return TokenChunk(request.request_id, finish_reason=reason, usage=request.usage(), error=error)
+
+    def _remove(self, request: Request) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self.blocks.free(request.table)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        del self.requests[request.request_id]
+        if request.announced:
+            self._finished.append(request.request_id)
+
+    # ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check_integrity(self) -> None:
+        """Check every invariant, between steps; raises EngineError naming the first that is broken."""
+
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise EngineError(f"scheduler integrity: {message}")
+
+        order = [request.sequence for request in (*self.running, *self.waiting)]
+        require(order == sorted(order), f"running and waiting requests are not in order of arrival: {order}")
+        everyone = {request.request_id: request for request in (*self.running, *self.waiting)}
+        require(everyone == self.requests, "a request is lost, or queued twice")
+        require(len(self.running) <= self.config.max_running, "more requests run than may")
+        for request in self.running:
+            covered = len(request.table.blocks) * self.blocks.block_size
+            require(request.status is RequestStatus.RUNNING, f"{request} runs with another status")
+            require(request.num_computed_tokens < request.num_tokens, f"{request} has nothing to compute")
+            require(request.num_computed_tokens <= covered, f"{request} has computed more than its table covers")
+            full = request.num_computed_tokens // self.blocks.block_size
+            require(request.table.num_published <= full, f"{request} has published what is not computed")
+        for request in self.waiting:
+            require(not request.table.blocks and request.num_computed_tokens == 0, f"{request} waits but holds blocks")
+            queued = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            require(request.status in queued, f"{request} waits with another status")
+        self.blocks.check_integrity(request.table for request in self.running)
+
+
+def _append(request: Request, token_ids: Sequence[int]) -> tuple[int, FinishReason | None]:
+    """Append tokens until one ends the request; returns how many, and why it ended, if it did."""
+    room = request.params.max_tokens - len(request.output_token_ids)
+    if room < 1:
+        return 0, FinishReason.LENGTH  # max_tokens = 0: only the prompt was to be computed
+    for kept, token_id in enumerate(token_ids, 1):
+        request.append(token_id)
+        if token_id in request.ending_ids:
+            return kept, FinishReason.STOP
+        if kept == room:
+            return kept, FinishReason.LENGTH
+    return len(token_ids), None
+
+
+def _cached_positions(num_prompt_tokens: int, max_tokens: int) -> int:
+    """The most positions a request ever has in the cache: the last token it generates is never computed."""
+    return num_prompt_tokens + max(0, max_tokens - 1)
