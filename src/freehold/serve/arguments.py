@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 _ALL = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
+_STRING = frozenset({"string"})
 _MAX_DEPTH = 16  # of references and unions inside a schema
+_SURROGATE = re.compile("[\ud800-\udfff]")  # an escape can make one, and no encoding can write it
 
 
 class ArgumentsWriter:
@@ -41,9 +44,9 @@ class ArgumentsWriter:
         self._types = accepted_types(self._property(key), self._schema)
         if key in self._keys:
             self._mode = "skip"
-        elif self._types == {"string"}:
+        elif self._types == _STRING:
             self._mode = "string"
-        elif self._types == {"string", "null"}:
+        elif self._types == _STRING | {"null"}:
             self._mode = "maybe null"
         else:
             self._mode = "whole"
@@ -145,7 +148,8 @@ def to_json(text: str, types: frozenset[str] | None) -> str:
     if kind == "string":  # a string is not accepted: perhaps what it contains is
         inner = str(json.loads(written)).strip()
         inner_kind = _json_type(inner)
-        return inner if inner_kind is not None and _accepts(types, inner_kind) else written
+        fits = inner_kind is not None and _accepts(types, inner_kind) and not _SURROGATE.search(inner)
+        return inner if fits else written
     mended = _mend(written, types)
     if mended is not None:
         return mended
@@ -160,7 +164,7 @@ def _mend(written: str, types: frozenset[str]) -> str | None:
             value = int(value)
         if not _accepts(types, _type_of(value)):
             return None
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 

@@ -89,7 +89,7 @@ def tool_results_in_call_order(run: Sequence[Message], calls: Sequence[ToolCall]
     ids = [message.tool_call_id for message in run]
     if len(order) != len(calls) or len(set(ids)) != len(ids) or any(id_ not in order for id_ in ids):
         return tuple(run)
-    return tuple(sorted(run, key=lambda message: order[message.tool_call_id]))
+    return tuple(sorted(run, key=lambda message: order[message.tool_call_id or ""]))
 
 
 def _message(message: Mapping[str, Any], where: str) -> Message:
@@ -100,7 +100,9 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     if role == "tool":
         references = _references(message.get("content"), f"{where}.content")
         content = "" if references else _text(message.get("content"), f"{where}.content")
-        return Message(role, content, tool_call_id=_optional_text(message, "tool_call_id", where), references=references)
+        return Message(
+            role, content, tool_call_id=_optional_text(message, "tool_call_id", where), references=references
+        )
     content = _text(message.get("content"), f"{where}.content")
     if role != "assistant":
         return Message(role, content)

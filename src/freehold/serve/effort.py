@@ -157,7 +157,9 @@ def _check_names(kwargs: Mapping[str, Any], reads: set[str]) -> None:
     for name in kwargs:
         if name not in allowed:
             param = f"chat_template_kwargs.{name}"
-            raise UnknownField(f"{param}: the chat template reads {', '.join(sorted(reads))}, not {name!r}", param=param)
+            raise UnknownField(
+                f"{param}: the chat template reads {', '.join(sorted(reads))}, not {name!r}", param=param
+            )
 
 
 def as_markdown() -> str:

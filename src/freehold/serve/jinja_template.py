@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from freehold.errors import ConfigError, InvalidRequest
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS
@@ -69,8 +70,8 @@ class JinjaTemplate:
         """The template of a checkpoint directory, None if it has none. Raises ConfigError if it cannot be read."""
         directory = Path(path)
         config = _read_json(directory / "tokenizer_config.json")
-        constants = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
-        constants = {key: value for key, value in constants.items() if value is not None}
+        named = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
+        constants = {key: text for key, text in named.items() if text is not None}
         file, inline = directory / "chat_template.jinja", config.get("chat_template")
         if file.is_file():
             try:
@@ -84,9 +85,7 @@ class JinjaTemplate:
 
     def with_control_tokens(self, control_tokens: Sequence[str]) -> JinjaTemplate:
         """The same template, with these texts as the control tokens."""
-        return JinjaTemplate(
-            self._source, name=self._name, constants=self._constants, control_tokens=control_tokens
-        )
+        return JinjaTemplate(self._source, name=self._name, constants=self._constants, control_tokens=control_tokens)
 
     def effort_profile(self) -> EffortProfile:
         """What the template does with efforts, found by rendering a short conversation with each.
@@ -94,6 +93,7 @@ class JinjaTemplate:
         It is the profile of a published template (`effort.PROFILES`) if it does the same. Raises ConfigError if the
         template cannot render one user message.
         """
+
         def probe(**variables: Any) -> str:
             try:
                 return self._render([{"role": "user", "content": "."}], None, variables, True)
@@ -134,9 +134,13 @@ class JinjaTemplate:
             self._escape(variables),
             add_generation_prompt,
         )
-        return [(piece if i % 2 else self._restore(piece), i % 2 == 1) for i, piece in enumerate(self._control.split(text))]
+        return [
+            (piece if i % 2 else self._restore(piece), i % 2 == 1) for i, piece in enumerate(self._control.split(text))
+        ]
 
-    def _render(self, messages: list[Any], tools: list[Any] | None, variables: Mapping[str, Any], generate: bool) -> str:
+    def _render(
+        self, messages: list[Any], tools: list[Any] | None, variables: Mapping[str, Any], generate: bool
+    ) -> str:
         try:
             return self._template.render(
                 **{**self._constants, **variables}, messages=messages, tools=tools, add_generation_prompt=generate
@@ -146,9 +150,7 @@ class JinjaTemplate:
         except jinja2.TemplateError as error:  # raise_exception, too: the template's own words
             raise InvalidRequest(f"messages: refused by the chat template: {error.message}", param="messages") from None
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-            raise InvalidRequest(
-                f"messages: the chat template cannot render them: {error}", param="messages"
-            ) from None
+            raise InvalidRequest(f"messages: the chat template cannot render them: {error}", param="messages") from None
 
     def _escape(self, value: Any) -> Any:
         """A deep copy in which control tokens in strings are code points; plain JSON types only."""
@@ -204,7 +206,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:  # the name of the argument is the one that templates may use
-    return datetime.now().strftime(format)
+    return datetime.now().astimezone().strftime(format)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class StreamParser:
     first call (`done`). text_tags: the tags to look for in ordinary text, which is none where the tokenizer has
     them as control tokens: then a model that writes about "<tool_call>" does not make a call.
 
-    calls: calls begun so far. reasoning_tokens: tokens inside thinking, without the tags. done: feed no more.
+    calls: calls begun so far. is_cut: the last of them was cut. reasoning_tokens: tokens inside thinking, without the
+    tags. done: feed no more.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class StreamParser:
         self._key = ""
         self._arguments: ArgumentsWriter | None = None
         self.calls = 0
+        self.is_cut = False
         self.reasoning_tokens = 0
         self.done = False
 
@@ -123,7 +125,7 @@ class StreamParser:
             self._scan()
         if was_reasoning and self._state is _State.REASONING:
             self.reasoning_tokens += starts
-        if self._state not in (_State.REASONING, _State.CONTENT, _State.FOREIGN):
+        if self._arguments is not None:
             self._tokens.clear()
         return self._drain()
 
@@ -131,11 +133,12 @@ class StreamParser:
         """The turn is over. cut: by a limit or an abort, not by the model."""
         if self.done:
             return []
-        self._flush_buffer()
-        if self._state is _State.NAME:
-            if not cut:
+        if not cut:  # else what is held may be half a tag, and is lost
+            self._flush_buffer()
+            if self._state is _State.NAME:
                 self._end_name()
         if self._arguments is not None:
+            self.is_cut = cut
             self._end_call(cut=cut)
         if not self.calls:
             self._emit_content(self._space)
@@ -199,12 +202,14 @@ class StreamParser:
                 pass
 
     def _on_tag(self, tag: str) -> None:
-        if self._state in (_State.REASONING, _State.CONTENT):
-            self._tokens.clear()
+        if tag not in self._tags[self._state]:  # a name has just turned out to be undeclared
+            self._on_text(tag)
+            return
         match self._state, tag:
-            case (_State.REASONING | _State.CONTENT), "<tool_call>":
+            case ((_State.REASONING | _State.CONTENT), "<tool_call>"):
                 self._begin_call()
-            case (_State.REASONING | _State.CONTENT), _:
+            case ((_State.REASONING | _State.CONTENT), _):
+                self._tokens.clear()
                 self._state = _State.REASONING if tag == "<think>" else _State.CONTENT
             case _State.NAME, "<arg_key>":
                 if not self._end_name():
@@ -224,7 +229,7 @@ class StreamParser:
             case _State.FOREIGN, "</tool_call>":
                 self._emit_content(tag)
                 self._state = _State.CONTENT
-            case (_State.FOREIGN | _State.BETWEEN), "<tool_call>":
+            case ((_State.FOREIGN | _State.BETWEEN), "<tool_call>"):
                 self._end_call()
                 self._begin_call()
             case _, "</tool_call>":
@@ -242,7 +247,7 @@ class StreamParser:
 
     def _begin_call(self) -> None:
         if not self.done:
-            self._space, self._name, self._state = "", "", _State.NAME
+            self._name, self._state = "", _State.NAME
 
     def _begin_key(self) -> None:
         self._key, self._state = "", _State.KEY
@@ -253,6 +258,7 @@ class StreamParser:
         if name not in self._tools:
             self._become_foreign()
             return False
+        self._space = ""
         self._events.append(ToolCallStart(self.calls, self._new_id(), name))
         self._arguments = ArgumentsWriter(self._tools[name])
         self.calls += 1
@@ -261,7 +267,8 @@ class StreamParser:
 
     def _become_foreign(self) -> None:
         self._state = _State.FOREIGN
-        self._emit_content("<tool_call>" + self._name)
+        space, self._space = self._space, ""
+        self._emit_content(f"{space}<tool_call>{self._name}")
 
     def _end_call(self, *, cut: bool = False) -> None:
         if self._arguments is not None:

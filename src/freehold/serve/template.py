@@ -65,7 +65,9 @@ class RenderedPrompt:
                 segment.text.encode("utf-8")
             except UnicodeEncodeError as error:
                 code = ord(segment.text[error.start])
-                raise InvalidRequest(f"messages: U+{code:04X} is half of a character, not text", param="messages") from None
+                raise InvalidRequest(
+                    f"messages: U+{code:04X} is half of a character, not text", param="messages"
+                ) from None
             ids += tokenizer.encode(segment.text, special=segment.control)
         return tuple(ids)
 
