@@ -214,3 +214,18 @@ FIELDS: Mapping[str, Mapping[str, Rule]] = {
     "responses": RESPONSES,
     "messages": MESSAGES,
 }
+
+# Values of `type` and `role` that an API defines and this server refuses, with what to tell the caller.
+_TEXT_ONLY = "the model is text only"
+_NO_SERVER_TOOLS = "only function tools are supported; nothing runs on the server"
+REFUSED_VALUES: Mapping[str, str] = {
+    f"'{value}'": why
+    for why, values in {
+        _TEXT_ONLY: "image image_url input_audio input_image input_file document file audio video_url",
+        _NO_SERVER_TOOLS: "custom web_search web_search_preview file_search code_interpreter computer_use_preview "
+        "mcp image_generation local_shell shell apply_patch",
+        "use role tool and `tool_call_id`": "function",
+        "put the text into a text part": "refusal",
+    }.items()
+    for value in values.split()
+}

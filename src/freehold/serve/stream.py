@@ -187,7 +187,7 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
         try:
             async for item in stream:
                 await queue.put((index, item))
-        except Exception as error:  # noqa: BLE001  raised by the reader
+        except Exception as error:
             ended = _Ended(error)
         await queue.put(ended)
 

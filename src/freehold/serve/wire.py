@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from freehold.errors import FreeholdError, InvalidRequest, UnknownField, UnsupportedField
-from freehold.serve.fields import FIELDS, Action, Rule
+from freehold.serve.fields import FIELDS, REFUSED_VALUES, Action, Rule
 
 WARNING_HEADER = "x-freehold-warning"
 REQUEST_ID_HEADER = "x-request-id"
@@ -101,7 +101,7 @@ def decode(raw: object, type_: type[T], endpoint: str) -> Decoded[T]:
     warnings: list[str] = []
     while True:  # once more for each table entry that is met, so bounded by the table
         try:
-            return Decoded(msgspec.convert(raw, type_), tuple(warnings))
+            return Decoded(msgspec.convert(raw, type_, str_keys=True), tuple(warnings))
         except msgspec.ValidationError as error:
             path, unknown, problem = _explain(error)
             rule = rules.get(_generic(path)) if unknown else None
@@ -113,7 +113,7 @@ def decode(raw: object, type_: type[T], endpoint: str) -> Decoded[T]:
             raise InvalidRequest("the body is nested too deeply") from None
 
 
-_PROBLEM = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<path>\$[^`]*)`)?$", re.DOTALL)
+_PROBLEM = re.compile(r"^(?P<problem>.*?)(?: - at (?:key in )?`(?P<path>\$[^`]*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"^Object (?P<kind>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
 _WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _WORD = re.compile(r"`(?P<words>[^`]*)`")
@@ -141,7 +141,8 @@ def _generic(path: str) -> str:
 
 def _refusal(path: str, unknown: bool, problem: str, type_: type, rules: Mapping[str, Rule]) -> InvalidRequest:
     if not unknown:
-        return InvalidRequest(f"{path}: {problem}" if path else f"the body: {problem}", param=path or None)
+        reason = REFUSED_VALUES.get(problem.removeprefix("Invalid value "), "")
+        return InvalidRequest(f"{path or 'the body'}: {problem}{reason and ': '}{reason}", param=path or None)
     known = list(getattr(type_, "__struct_encode_fields__", ())) + [p for p in rules if "." not in p]
     close = difflib.get_close_matches(path, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
