@@ -45,9 +45,12 @@ class SamplingRequest(Request):
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
-    logit_bias: Annotated[
-        dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=4096, description="token id → bias")
-    ] | None = None
+    logit_bias: (
+        Annotated[
+            dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=4096, description="token id → bias")
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
@@ -72,6 +75,13 @@ class SamplingRequest(Request):
 
 class TextPart(Request, tag_field="type", tag="text"):
     text: str
+
+
+class ToolReferencePart(Request, tag_field="type", tag="tool_reference"):
+    """A tool that was declared with `defer_loading` and is now available (GLM's own extension)."""
+
+    name: str | None = None
+    tool_name: str | None = None
 
 
 Content = str | list[TextPart]
@@ -108,7 +118,7 @@ class AssistantMessage(Request, tag_field="role", tag="assistant"):
 
 
 class ToolMessage(Request, tag_field="role", tag="tool"):
-    content: Content
+    content: str | list[TextPart | ToolReferencePart]
     tool_call_id: str | None = None
 
 
@@ -120,6 +130,7 @@ class FunctionSpec(Request):
     description: str | None = None
     parameters: Annotated[dict[str, Any], Meta(description="JSON schema of the arguments")] | None = None
     strict: bool | None = None
+    defer_loading: bool | None = None
 
 
 class Tool(Request):
@@ -267,11 +278,10 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class PromptLogprob(Struct, frozen=True, gc=False):
-    """One candidate for one prompt position (vLLM's extension). rank is null for what is not the prompt's token
-    and was not ranked."""
+    """One candidate for one prompt position (vLLM's extension). rank is 1 for the most likely."""
 
     logprob: float
-    rank: int | None
+    rank: int
     decoded_token: str
 
 

@@ -158,6 +158,19 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+async def all_or_none(submit: Callable[[int], AsyncGenerator[T, None]], n: int) -> list[AsyncGenerator[T, None]]:
+    """`[submit(0), …, submit(n - 1)]`; if one raises, those before it are closed."""
+    opened: list[AsyncGenerator[T, None]] = []
+    try:
+        for index in range(n):
+            opened.append(submit(index))
+    except BaseException:
+        for stream in opened:
+            await stream.aclose()
+        raise
+    return opened
+
+
 @dataclass(frozen=True, slots=True)
 class _Ended:
     """One of the merged streams has nothing more."""
@@ -166,7 +179,7 @@ class _Ended:
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Interleave several generators as (index, item), first come first served. Closes all of them in the end.
+    """Interleave several generators as (index, item), first come first served, taking turns. Closes all of them in the end.
 
     The first failure is raised and ends the others.
     """
@@ -179,17 +192,20 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
             await only.aclose()
         return
 
-    # Bounded, so that a slow reader holds back every stream alike.
-    queue: asyncio.Queue[tuple[int, T] | _Ended] = asyncio.Queue(len(streams))
+    # Each stream has at most one item in the queue: they take turns, and a slow reader holds all of them back.
+    queue: asyncio.Queue[tuple[int, T] | _Ended] = asyncio.Queue()
+    taken = [asyncio.Event() for _ in streams]
 
     async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:
         ended = _Ended(None)
         try:
             async for item in stream:
-                await queue.put((index, item))
+                queue.put_nowait((index, item))
+                await taken[index].wait()
+                taken[index].clear()
         except Exception as error:
             ended = _Ended(error)
-        await queue.put(ended)
+        queue.put_nowait(ended)
 
     pumps = [asyncio.create_task(pump(i, s), name=f"merge-{i}") for i, s in enumerate(streams)]
     try:
@@ -197,6 +213,7 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
         while running:
             entry = await queue.get()
             if not isinstance(entry, _Ended):
+                taken[entry[0]].set()
                 yield entry
             elif entry.failure is not None:
                 raise entry.failure

@@ -7,10 +7,11 @@ what is wrong with the HTTP itself); `app.py` turns them into bodies with `error
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -25,6 +26,8 @@ from freehold.serve.fields import FIELDS, REFUSED_VALUES, Action, Rule
 WARNING_HEADER = "x-freehold-warning"
 REQUEST_ID_HEADER = "x-request-id"
 MAX_WARNING_BYTES = 2048  # proxies refuse long headers
+
+THREAD_ABOVE_BYTES = 32 * 1024  # takes milliseconds to tokenise
 
 T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
@@ -80,6 +83,13 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
+async def in_thread_if_large(size: int, function: Callable[..., T], *args: Any) -> T:
+    """Call `function(*args)`; in a thread if its input of `size` bytes would hold up the event loop."""
+    if size > THREAD_ABOVE_BYTES:
+        return await asyncio.to_thread(function, *args)
+    return function(*args)
+
+
 # ---- strict decoding ---------------------------------------------------------------------------------------
 
 
@@ -113,8 +123,9 @@ def decode(raw: object, type_: type[T], endpoint: str) -> Decoded[T]:
             raise InvalidRequest("the body is nested too deeply") from None
 
 
-_PROBLEM = re.compile(r"^(?P<problem>.*?)(?: - at (?:key in )?`(?P<path>\$[^`]*)`)?$", re.DOTALL)
+_PROBLEM = re.compile(r"^(?P<problem>.*?)(?: - at (?:`key` in )?`(?P<path>\$[^`]*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"^Object (?P<kind>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
+_VALUE = re.compile(r"^Invalid (?:enum )?value (?P<value>.*)$", re.DOTALL)
 _WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _WORD = re.compile(r"`(?P<words>[^`]*)`")
 
@@ -141,8 +152,11 @@ def _generic(path: str) -> str:
 
 def _refusal(path: str, unknown: bool, problem: str, type_: type, rules: Mapping[str, Rule]) -> InvalidRequest:
     if not unknown:
-        reason = REFUSED_VALUES.get(problem.removeprefix("Invalid value "), "")
-        return InvalidRequest(f"{path or 'the body'}: {problem}{reason and ': '}{reason}", param=path or None)
+        value = _VALUE.match(problem)
+        if value is not None:
+            reason = REFUSED_VALUES.get(value["value"])
+            problem = f"{value['value']} is not supported" + (f": {reason}" if reason else "")
+        return InvalidRequest(f"{path or 'the body'}: {problem}", param=path or None)
     known = list(getattr(type_, "__struct_encode_fields__", ())) + [p for p in rules if "." not in p]
     close = difflib.get_close_matches(path, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
