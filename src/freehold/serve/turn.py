@@ -64,6 +64,13 @@ class TextToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScored:
+    """The first event, only when prompt_logprobs were asked for: one entry per prompt token, the first None."""
+
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReasoningDelta:
     text: str
     tokens: tuple[TextToken, ...] = ()  # only when logprobs were asked for
@@ -102,4 +109,4 @@ class TurnFinished:
     stop_sequence: str | None = None  # the stop string that matched, if one did
 
 
-Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | TurnFinished
+Event = PromptScored | ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | TurnFinished

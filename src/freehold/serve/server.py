@@ -1,0 +1,180 @@
+"""The server process: the socket, signals, draining, and what is printed when it is ready.
+
+The first SIGTERM or SIGINT drains: `/ready` turns 503, new requests get 503 with `retry-after`, running ones finish
+(up to `drain_timeout`), then the process ends with exit code 0. The socket stays open meanwhile, so that load
+balancers see the 503 instead of a refused connection. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from freehold.errors import InvalidRequest
+from freehold.serve.access import is_loopback
+from freehold.serve.app import build_app
+from freehold.serve.state import ServerState
+
+API_KEY_VARIABLE = "FREEHOLD_API_KEY"
+
+# Longer than the idle timeout of common HTTP clients, so that it is never the server that closes first.
+KEEP_ALIVE_SECONDS = 75
+CLOSE_SECONDS = 5  # for slow readers to take the end of their answer, after the drain
+
+
+def read_api_keys(file: Path | None) -> tuple[str, ...]:
+    """The keys in a file, one a line (`#` begins a comment), and the one in FREEHOLD_API_KEY. Raises InvalidRequest."""
+    keys = [os.environ.get(API_KEY_VARIABLE, "").strip()]
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"--api-key-file {file}: {error}") from None
+        keys += [line.partition("#")[0].strip() for line in lines]
+        if not any(keys[1:]):
+            raise InvalidRequest(f"--api-key-file {file}: there is no key in it")
+    found = tuple(dict.fromkeys(key for key in keys if key))
+    for key in found:
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise InvalidRequest("an API key must be printable ASCII without spaces, or no client can send it")
+    return found
+
+
+def open_socket(host: str, port: int, *, has_keys: bool) -> tuple[socket.socket, bool]:
+    """Bind (without listening) and say whether the address is loopback.
+
+    Done before weights are loaded, so that a wrong address fails at once. Raises InvalidRequest: the address cannot
+    be bound, or it is not loopback and there are no API keys.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise InvalidRequest(f"--host {host}: {error.strerror}") from None
+    loopback = is_loopback(str(address[0]))
+    if not loopback and not has_keys:
+        raise InvalidRequest(
+            f"--host {host} is reachable from other machines, and there is no API key: "
+            f"set {API_KEY_VARIABLE} or give --api-key-file, or serve on 127.0.0.1"
+        )
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise InvalidRequest(f"cannot serve on {host}:{port}: {error.strerror}; choose another --port") from None
+    return sock, loopback
+
+
+def base_url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    state: ServerState,
+    sock: socket.socket,
+    *,
+    drain_timeout: float = 30.0,
+    notice: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> None:
+    """Serve until a signal; returns when drained. Raises what went wrong with the first generation.
+
+    Call it on the main thread. drain_timeout: seconds. notice: where messages to the operator go.
+    """
+    asyncio.run(_Server(state, sock, drain_timeout, notice).run())
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its own signal handling."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        yield
+
+
+class _Server:
+    def __init__(
+        self, state: ServerState, sock: socket.socket, drain_timeout: float, notice: Callable[[str], None]
+    ) -> None:
+        self._state = state
+        self._socket = sock
+        self._drain_timeout = drain_timeout
+        self._notice = notice
+        self._failure: Exception | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                build_app(state, on_warm=self._on_warm),
+                lifespan="on",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        await self._server.serve(sockets=[self._socket])
+        if self._failure is not None:
+            raise self._failure
+
+    def _spawn(self, work: asyncio.Task[None]) -> None:
+        self._tasks.add(work)
+        work.add_done_callback(self._tasks.discard)
+
+    def _on_warm(self, failure: Exception | None) -> None:
+        if failure is None:
+            self._spawn(asyncio.create_task(self._announce()))
+        else:
+            self._failure = failure
+            self._server.should_exit = True
+
+    async def _announce(self) -> None:
+        while not self._server.started:  # the engine may be warm before the socket listens
+            await asyncio.sleep(0.005)
+        for line in ready_lines(self._state, base_url(self._socket)):
+            self._notice(line)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stopping:
+            sys.stderr.write("stopped at once\n")
+            sys.stderr.flush()
+            os._exit(128 + number)  # not even the engine's thread is waited for
+        self._stopping = True
+        self._notice(f"draining: running requests have {self._drain_timeout:g} s; signal again to stop at once")
+        self._spawn(asyncio.create_task(self._drain()))
+
+    async def _drain(self) -> None:
+        await self._state.engine.drain(self._drain_timeout)
+        self._server.should_exit = True
+
+
+def ready_lines(state: ServerState, url: str) -> Sequence[str]:
+    """What is printed when requests are taken: where, and what to try."""
+    config = state.engine.config
+    key = f'\n  -H "authorization: Bearer ${API_KEY_VARIABLE}" \\' if state.api_keys else ""
+    return (
+        f"ready: {state.model_name} on {url}/v1 (context {config.max_model_len:,} tokens)",
+        f"try:   curl {url}/v1/chat/completions -H 'content-type: application/json' \\{key}\n"
+        f"""  -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'""",
+    )
