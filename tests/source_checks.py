@@ -13,7 +13,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 79
 
 # Words of the places where this was written; they mean nothing to a reader. Spelt in two so that this file passes.
-FORBIDDEN = re.compile("|".join(["/wo" + "rk/", r"\.\./sha" + "red", "sub" + "agent", "before-" + "stop", "/tm" + "p/w/"]))
+FORBIDDEN = re.compile("/wo" + r"rk/|\.\./sha" + "red|sub" + "agent|before-" + "stop|/tm" + "p/w/")
 LEFT_OVER = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK|NotImplemented" + r"Error)\b")
 
 
@@ -40,9 +40,9 @@ def unexplained_skips(source: str) -> Iterator[str]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {id(call.func) for call in calls}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in called:
-            if re.fullmatch(r"pytest\.mark\.(skip|xfail)", ast.unparse(node)):
-                yield f"line {node.lineno}"
+        bare = isinstance(node, ast.Attribute) and id(node) not in called
+        if bare and re.fullmatch(r"pytest\.mark\.(skip|xfail)", ast.unparse(node)):
+            yield f"line {node.lineno}"
     for call in calls:
         name = ast.unparse(call.func)
         if re.fullmatch(r"pytest\.(mark\.)?(skip|skipif|xfail|importorskip)", name):

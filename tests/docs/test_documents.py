@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs.generate import generated, replace_region
-from tests.docs.markdown import MODES, all_blocks, broken_links, documents
+from tests.docs.markdown import MODES, Block, all_blocks, broken_links, documents
 from tests.source_checks import ROOT
 
 
@@ -44,8 +44,8 @@ def test_every_block_says_how_it_is_tested() -> None:
 
 
 @pytest.mark.parametrize("block", all_blocks("make"), ids=str)
-def test_make_targets_exist(block: object) -> None:
-    targets = re.findall(r"^make ([a-z]+)", getattr(block, "text"), re.MULTILINE)
+def test_make_targets_exist(block: Block) -> None:
+    targets = re.findall(r"^make ([a-z]+)", block.text, re.MULTILINE)
     assert targets
     for target in targets:
         found = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)

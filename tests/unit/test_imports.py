@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tests.source_checks import ROOT
@@ -27,6 +27,7 @@ TORCH = {
     "freehold.model.mla",
     "freehold.model.moe",
     "freehold.model.mtp",
+    "freehold.model.oracle",
     "freehold.model.ops.interface",
     "freehold.model.ops.reference",
     "freehold.model.quant",
@@ -85,13 +86,12 @@ sys.exit(f"loaded: {loaded}" if loaded else 0)
     assert result.returncode == 0, result.stderr
 
 
-def test_help_answers_within_300_ms() -> None:
-    """The best of several: a busy machine must not fail it, a slow import must."""
+def test_help_takes_less_than_300_ms() -> None:
+    """Processor seconds, the best of several: a busy machine must not fail it, a slow import must."""
     times = []
-    for _ in range(8):
-        start = time.perf_counter()
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "freehold.cli.main", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-        if times[-1] < 0.3:
-            return
-    raise AssertionError(f"freehold --help took at best {min(times):.2f} s")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.3

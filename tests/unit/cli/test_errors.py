@@ -60,7 +60,9 @@ def test_an_unforeseen_error_is_one_line_that_says_how_to_see_more(capsys: pytes
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
-def test_debug_shows_the_traceback(by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(
+    by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if by == "environment":
         monkeypatch.setenv("FREEHOLD_DEBUG", "1")
     assert run(raising(errors.ConfigError("bad")), debug=by == "option") == 3
