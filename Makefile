@@ -15,7 +15,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 up: $(INSTALLED) $(MODEL) ## install, make a small checkpoint and serve it on 127.0.0.1:8000 (SIZE=nano, PORT=...)
-	@sed 's/:8000/:$(PORT)/' docs/try-it.txt
+	@sed -n '/<!-- try -->/,/<!-- .try -->/{/^<!--/d;/^```/d;s/:8000/:$(PORT)/;s/"small"/"$(SIZE)"/;p}' README.md
 	@exec $(BIN)/freehold serve $(MODEL) --port $(PORT)
 
 install: $(INSTALLED) ## make .venv with torch, the locked packages and this package

@@ -7,6 +7,7 @@ in a file that is otherwise written by hand.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +19,19 @@ from typer.testing import CliRunner
 
 from freehold import errors
 from freehold.cli.main import COMMANDS, build_app
+from freehold.serve import effort
+from freehold.serve.fields import FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "freehold"
+ENDPOINTS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
+}
 NOTE = "<!-- Made by `make docs` from {source}; do not edit. -->\n\n"
 
 
@@ -98,6 +109,21 @@ def error_tree(cls: type[errors.FreeholdError], depth: int) -> Iterator[tuple[ty
             yield from error_tree(child, depth + 1)
 
 
+# ---- API
+
+
+def fields_tables() -> str:
+    """A table per endpoint of `serve/fields.py`: the fields that are known but not acted on."""
+    parts = []
+    for endpoint, rules in FIELDS.items():
+        rows = [f"## {ENDPOINTS[endpoint]}\n", "| field | what happens | why | changes nothing |", "|---|---|---|---|"]
+        for path, rule in sorted(rules.items()):
+            harmless = ", ".join(f"`{json.dumps(value)}`" for value in rule.harmless)
+            rows.append(f"| `{path}` | {rule.action} | {rule.why} | {harmless} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n" + "\n".join(parts) + "\n"
+
+
 # ---- layout
 
 
@@ -140,6 +166,8 @@ PAGES: Mapping[str, Callable[[], str]] = {
 REGIONS: Mapping[tuple[str, str], Callable[[], str]] = {
     ("ARCHITECTURE.md", "tree"): layout_tree,
     ("docs/reference/errors.md", "errors"): error_table,
+    ("docs/reference/fields.md", "fields"): fields_tables,
+    ("docs/how-to/control-thinking.md", "effort"): effort.as_markdown,
 }
 
 

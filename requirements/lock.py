@@ -1,9 +1,9 @@
 """Writes run.txt and dev.txt: every package but torch, pinned with hashes. `make lock` calls this.
 
-`run.txt` is pyproject's dependencies and the `engine` extra, `dev.txt` the `dev` extra on top of it. Versions already
-in the files are kept; give pip-compile's `--upgrade` or `--upgrade-package NAME` to raise them. torch is left out
-(torch.txt says why); of what torch needs, the pure Python packages are in run.txt and the vendor libraries of its GPU
-builds come with torch.
+`run.txt` is pyproject's dependencies and the `engine` extra; `dev.txt` adds the extras `oracle` and `dev`. Versions
+already in the files are kept; give pip-compile's `--upgrade` or `--upgrade-package NAME` to raise them. torch is left
+out (torch.txt says why); of what torch needs, the pure Python packages are in run.txt and the vendor libraries of its
+GPU builds come with torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main(options: list[str]) -> None:
     run, dev = HERE / "run.txt", HERE / "dev.txt"
     compile_lock([*requirements("engine"), *TORCH_NEEDS], run, "What Freehold runs with", options)
     pinned = [line.split()[0] for line in run.read_text().splitlines() if "==" in line]
-    compile_lock([*requirements("engine", "dev"), *pinned], dev, "What Freehold runs and is tested with", options)
+    compile_lock(
+        [*requirements("engine", "oracle", "dev"), *pinned], dev, "What Freehold runs and is tested with", options
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ from collections.abc import Callable, Mapping
 
 from freehold.errors import FreeholdError, MissingExtra
 
-EXTRA_OF: Mapping[str, str] = {"torch": "engine", "safetensors": "engine", "llguidance": "engine"}
+EXTRA_OF: Mapping[str, str] = {
+    "torch": "engine",
+    "safetensors": "engine",
+    "llguidance": "engine",
+    "transformers": "oracle",
+}
 """The extra of this package that brings a top-level module."""
 
 

@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, str] = {
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
+    "debug": "Name the first layer whose output differs from transformers'.",
 }
 
 FIRST_STEPS = """\

@@ -1,0 +1,1 @@
+"""From requests to tokens: scheduling, the paged cache, sampling. It knows nothing of text formats or HTTP."""

@@ -1,0 +1,1 @@
+"""The GLM-5.2 architecture: config, layers, weights, tokenizer. It knows nothing of requests."""

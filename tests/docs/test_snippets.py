@@ -1,0 +1,123 @@
+"""Runs the code blocks of the README and the documentation, against live servers where they need one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.docs.markdown import Block, all_blocks
+from tests.source_checks import ROOT
+
+FREEHOLD = [sys.executable, "-m", "freehold.cli.main"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `freehold serve`. root: its address; model: what it calls its model."""
+
+    root: str
+    model: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_ready(process: subprocess.Popen[bytes], root: str, log: Path, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended with {process.returncode}:\n{log.read_text()}")
+        try:
+            with urllib.request.urlopen(f"{root}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    raise AssertionError(f"not ready after {seconds} s:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models/small, which is really a nano: the blocks are about commands, not sizes."""
+    folder = tmp_path_factory.mktemp("here")
+    subprocess.run([*FREEHOLD, "tiny", "models/small", "--size", "nano"], cwd=folder, check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["sim", "checkpoint"])
+def server(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port = free_port()
+    what = ["--sim"] if request.param == "sim" else ["models/small"]
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*FREEHOLD, "serve", *what, "--port", str(port)], cwd=models, stdout=output, stderr=output
+        )
+    try:
+        root = f"http://127.0.0.1:{port}"
+        wait_ready(process, root, log, 60)
+        yield Server(root, "small")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def run(block: Block, folder: Path, text: str) -> str:
+    """Run a block as a reader would: in a shell, or as a Python script. Returns what it printed."""
+    command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": python_path}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, f"{block} failed:\n{text}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.mark.parametrize("block", all_blocks("server"), ids=str)
+def test_a_snippet_works_against_a_live_server(block: Block, server: Server, models: Path) -> None:
+    assert "http://127.0.0.1:8000" in block.text, "the block talks to no server"
+    output = run(block, models, block.text.replace("http://127.0.0.1:8000", server.root))
+    assert output.strip(), "it printed nothing"
+    assert not re.search(r'"error"', output), output
+
+
+@pytest.mark.parametrize("block", all_blocks("here"), ids=str)
+def test_a_snippet_works_beside_a_checkpoint(block: Block, models: Path) -> None:
+    assert run(block, models, block.text).strip(), "it printed nothing"
+
+
+def test_make_up_prints_the_snippets_of_the_readme() -> None:
+    """`make up` shows the README's own text: what is tested above is what a newcomer is told."""
+    makefile = (ROOT / "Makefile").read_text()
+    command = re.search(r"@(sed -n '/<!-- try -->/.*README\.md.*)$", makefile, re.MULTILINE)
+    assert command, "the Makefile prints the README's try region"
+    shown = subprocess.run(
+        ["sh", "-c", command[1].replace("$(PORT)", "8123").replace("$(SIZE)", "small").replace("$$", "$")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "curl http://127.0.0.1:8123/v1/chat/completions" in shown
+    assert "from openai import OpenAI" in shown
+    assert "noise" in shown
+    assert "<!--" not in shown
+    assert "```" not in shown
