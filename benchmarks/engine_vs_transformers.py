@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from _common import Report, arguments
-from freehold.engine.engine import Engine
-from freehold.engine.request import Request
-from freehold.model.tiny import make_tiny
 
+from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine
+from freehold.engine.request import Request
 from freehold.model.oracle import compare_layers, load_oracle, load_ours, stable_selection
+from freehold.model.tiny import make_tiny
 from freehold.types import SamplingParams
 
 CONTEXT = 4096

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 from _common import Report, arguments
+
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.request import Request
-from freehold.engine.sampler import Sampler
-from freehold.model.sizes import size_config
-from freehold.model.tiny import write_random_checkpoint
-
 from freehold.engine.runner import ModelRunner
+from freehold.engine.sampler import Sampler
 from freehold.engine.step import StepInput
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
 from freehold.model.oracle import compare_layers, load_oracle, load_ours, stable_selection
+from freehold.model.sizes import size_config
+from freehold.model.tiny import write_random_checkpoint
 from freehold.types import SamplingParams, TokenChunk
 
 NEW_TOKENS = 200
@@ -163,9 +163,9 @@ def paths(
     session = Session(model, chunk=256)
     batch = {"a": prompt} | {f"other{i}": other for i, other in enumerate(others)}
     found[f"batch of {len(batch)} mixed lengths"] = (session, session.generate(batch, new))
-    # Blocks for about two and a half sequences: the batch can only finish by preempting.
-    session = Session(model, blocks=(len(prompt) + new) * 5 // 2 // 16)
+    # Blocks for the three prompts and little more: the batch can only finish by preempting.
     batch = {"a": prompt, "b": others[0], "c": list(reversed(prompt))}
+    session = Session(model, blocks=sum(-(-len(tokens) // 16) for tokens in batch.values()) + 2)
     found["after preemption"] = (session, session.generate(batch, new))
     assert session.engine.stats().preemptions > 0, "nothing was preempted"
     return found

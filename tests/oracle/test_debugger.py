@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.faults import models as faults
 
 from freehold.model.glm import Glm
 from freehold.model.oracle import compare_layers, load_oracle, load_ours, stable_selection
 from freehold.model.sizes import size_config
 from freehold.model.tiny import write_random_checkpoint
+from tests.faults import models as faults
 
 PROMPT = torch.randint(0, 448, (120,), generator=torch.Generator().manual_seed(5)).tolist()
 

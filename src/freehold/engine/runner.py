@@ -5,11 +5,13 @@ One thread calls it; nothing here knows about queues or requests beyond their id
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from freehold.engine.batch import BatchBuilder
-from freehold.engine.sampler import Sampler
+from freehold.engine.sampler import Sampled, Sampler
 from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
@@ -59,7 +61,7 @@ class ModelRunner:
             if seq.samples:
                 last_rows.append(row - 1)
                 ids.append(seq.request_id)
-        sampled = iter(())
+        sampled: Iterator[Sampled] = iter(())
         if ids:
             rows = hidden_TH if len(ids) == hidden_TH.shape[0] else hidden_TH[last_rows]
             sampled = iter(self._sampler.sample(self._model.logits(rows), ids))
