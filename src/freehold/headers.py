@@ -119,7 +119,7 @@ def read_shard(path: str | Path) -> Shard:
                 )
             if 8 + length > file_bytes:
                 raise CheckpointError(
-                    f"{path}: truncated inside its header ({file_bytes:,} of at least {8 + length:,} bytes); copy it again"
+                    f"{path}: truncated inside its header, which needs {8 + length:,} bytes; copy it again"
                 )
             raw = file.read(length)
     except OSError as error:
@@ -234,7 +234,7 @@ def _merge(shards: Iterable[Shard]) -> dict[str, TensorEntry]:
         for entry in shard.tensors:
             if entry.name in tensors:
                 other = tensors[entry.name].file.name
-                raise CheckpointError(f"{shard.path}: tensor {entry.name!r} is also in {other}; it must be in one shard")
+                raise CheckpointError(f"{shard.path}: tensor {entry.name!r} is also in {other}; it must be in one")
             tensors[entry.name] = entry
     return tensors
 
@@ -248,7 +248,7 @@ def _check_weight_map(weight_map: Mapping[str, str], tensors: Mapping[str, Tenso
             raise CheckpointError(f"{entry.file}: has tensor {name!r}, which {INDEX_NAME} places in {file}")
     for name, entry in tensors.items():
         if name not in weight_map:
-            raise CheckpointError(f"{entry.file}: tensor {name!r} is not in {INDEX_NAME}; index and shards do not match")
+            raise CheckpointError(f"{entry.file}: tensor {name!r} is not in {INDEX_NAME}; they do not match")
 
 
 def _nothing_to_load(directory: Path) -> str:

@@ -118,5 +118,5 @@ def verify_manifest(directory: Path, shards: Iterable[Path], progress: Progress 
                 if progress is not None:
                     progress(done, total)
         if sha256.hexdigest() != digests[file.name]:
-            raise CheckpointError(f"{file}: its SHA-256 is not the one in {MANIFEST_NAME}; the file changed or is damaged")
+            raise CheckpointError(f"{file}: its SHA-256 is not that in {MANIFEST_NAME}; it was changed or damaged")
     return len(files)

@@ -13,12 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from freehold.errors import ConfigError
 
 IndexerType = Literal["full", "shared"]
 MlpType = Literal["dense", "sparse"]
+Kind = TypeVar("Kind", bound=str)
 
 _INTS = (
     "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
@@ -125,7 +126,7 @@ class GlmConfig:
         if path.is_dir():
             path = path / "config.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint directory has a config.json") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -142,7 +143,7 @@ class GlmConfig:
         _check_keys(raw)
         values: dict[str, Any] = {key: _integer(raw, key) for key in _INTS}
         layers = values["num_hidden_layers"]
-        eps = _number(raw, "rms_norm_eps")
+        eps, share = _number(raw, "rms_norm_eps"), "index_share_for_mtp_iteration"
         config = cls(
             **values,
             rms_norm_eps=eps,
@@ -156,10 +157,11 @@ class GlmConfig:
             indexer_types=_indexer_types(raw, layers),
             mlp_layer_types=_mlp_types(raw, layers),
             eos_token_ids=_token_ids(raw, "eos_token_id"),
-            num_nextn_predict_layers=int(raw.get("num_nextn_predict_layers", 0) or 0),
-            index_share_for_mtp_iteration=bool(raw.get("index_share_for_mtp_iteration", False)),
-            dtype=str(raw.get("dtype", raw.get("torch_dtype", "bfloat16"))),
-            quantization=raw.get("quantization_config"),
+            num_nextn_predict_layers=_mtp_layers(raw),
+            # GLM-5 and 5.1 do not have the key, and do not share.
+            index_share_for_mtp_iteration=_boolean({share: False, **raw}, share),
+            dtype=_dtype(raw),
+            quantization=_quantization(raw),
         )
         _check_sizes(config, raw)
         return config
@@ -184,6 +186,14 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.json: {key} = {raw[key]!r} is not supported (only {allowed[0]!r})")
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"config.json: {twice!r} is given twice")
+    return dict(pairs)
+
+
 def _require(raw: Mapping[str, Any], key: str) -> Any:
     if key not in raw:
         raise ConfigError(f"config.json: {key!r} is missing, and it has no safe default")
@@ -199,7 +209,7 @@ def _integer(raw: Mapping[str, Any], key: str) -> int:
 
 def _number(raw: Mapping[str, Any], key: str) -> float:
     value = _require(raw, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ConfigError(f"config.json: {key} must be a positive number, found {value!r}")
     return float(value)
 
@@ -215,40 +225,76 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     parameters = raw.get("rope_parameters")
     if parameters is None:
         return _number(raw, "rope_theta")  # the pre-v5 spelling
-    unknown = set(parameters) - {"rope_theta", "rope_type", "partial_rotary_factor"}
-    if unknown or parameters.get("rope_type", "default") != "default":
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"config.json: rope_parameters must be an object, found {parameters!r}")
+    plain = {"rope_type": "default", "partial_rotary_factor": 1.0}
+    if any(parameters[key] != plain.get(key) for key in parameters if key != "rope_theta"):
         raise ConfigError(f"config.json: rope_parameters = {parameters!r}: only rope_type 'default' is supported")
-    return _number(parameters, "rope_theta")
+    theta = _number(parameters, "rope_theta")
+    if raw.get("rope_theta", theta) != theta:
+        raise ConfigError(f"config.json: rope_theta = {raw['rope_theta']!r} contradicts rope_parameters ({theta!r})")
+    return theta
 
 
 def _indexer_types(raw: Mapping[str, Any], layers: int) -> tuple[IndexerType, ...]:
     """indexer_types, else index_topk_pattern ("F"/"S"), else freq and offset, else (GLM-5, 5.1) all full."""
-    types: list[str]
     if raw.get("indexer_types") is not None:
-        types = list(raw["indexer_types"])
+        key, types = "indexer_types", raw["indexer_types"]
     elif raw.get("index_topk_pattern") is not None:
-        names = {"F": "full", "S": "shared"}
-        types = [names.get(letter, letter) for letter in raw["index_topk_pattern"]]
+        key, types = "index_topk_pattern", raw["index_topk_pattern"]
+        if isinstance(types, str):
+            types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
     elif raw.get("index_topk_freq") is not None:
-        freq, offset = _integer(raw, "index_topk_freq"), _require(raw, "index_skip_topk_offset")
+        key, freq = "index_topk_freq", _integer(raw, "index_topk_freq")
+        offset = _require(raw, "index_skip_topk_offset") if freq > 1 else 0
+        if isinstance(offset, bool) or not isinstance(offset, int):
+            raise ConfigError(f"config.json: index_skip_topk_offset must be an integer, found {offset!r}")
         types = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers)]
     else:
-        types = ["full"] * layers
-    if len(types) != layers or any(kind not in ("full", "shared") for kind in types):
-        raise ConfigError(f"config.json: indexer pattern {types!r} does not name {layers} layers full or shared")
-    if types[0] != "full":
-        raise ConfigError("config.json: layer 0 shares an indexer, but no layer below it has one")
-    return tuple(types)  # type: ignore[arg-type]
+        key, types = "indexer_types", ["full"] * layers
+    pattern: tuple[IndexerType, ...] = _layer_kinds(key, types, layers, ("full", "shared"))
+    if pattern[0] != "full":
+        raise ConfigError(f"config.json: {key}: layer 0 shares an indexer, but no layer below it has one")
+    return pattern
 
 
 def _mlp_types(raw: Mapping[str, Any], layers: int) -> tuple[MlpType, ...]:
-    types = raw.get("mlp_layer_types")
-    if types is None:
-        dense = min(int(_require(raw, "first_k_dense_replace")), layers)
-        types = ["dense"] * dense + ["sparse"] * (layers - dense)
-    if len(types) != layers or any(kind not in ("dense", "sparse") for kind in types):
-        raise ConfigError(f"config.json: mlp_layer_types {types!r} does not name {layers} layers dense or sparse")
-    return tuple(types)
+    """mlp_layer_types, else the first first_k_dense_replace layers dense and the others sparse."""
+    if raw.get("mlp_layer_types") is not None:
+        return _layer_kinds("mlp_layer_types", raw["mlp_layer_types"], layers, ("dense", "sparse"))
+    dense = _require(raw, "first_k_dense_replace")
+    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
+        raise ConfigError(f"config.json: first_k_dense_replace must be a count of layers, found {dense!r}")
+    kinds: list[MlpType] = ["dense" if i < dense else "sparse" for i in range(layers)]
+    return tuple(kinds)
+
+
+def _layer_kinds(key: str, kinds: Any, layers: int, allowed: tuple[Kind, Kind]) -> tuple[Kind, ...]:
+    if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(kind not in allowed for kind in kinds):
+        raise ConfigError(f"config.json: {key} = {kinds!r} does not name {layers} layers {allowed[0]} or {allowed[1]}")
+    return tuple(kinds)
+
+
+def _mtp_layers(raw: Mapping[str, Any]) -> int:
+    value = raw.get("num_nextn_predict_layers") or 0
+    if isinstance(value, bool) or value not in (0, 1):
+        raise ConfigError(f"config.json: num_nextn_predict_layers = {value!r}: at most one MTP layer is supported")
+    return int(value)
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    """`dtype`, or `torch_dtype` as it was called before transformers 5; what loads without it is bfloat16."""
+    value = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    if not isinstance(value, str):
+        raise ConfigError(f"config.json: dtype must be a name, found {value!r}")
+    return value.removeprefix("torch.")
+
+
+def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    value = raw.get("quantization_config")
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: quantization_config must be an object, found {value!r}")
+    return value
 
 
 def _token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
@@ -275,8 +321,8 @@ def _check_sizes(config: GlmConfig, raw: Mapping[str, Any]) -> None:
         refuse("n_group must divide n_routed_experts and be at least topk_group")
     if config.num_experts_per_tok > config.topk_group * (config.n_routed_experts // config.n_group):
         refuse("num_experts_per_tok exceeds the experts in topk_group groups")
-    if config.num_nextn_predict_layers > 1:
-        refuse("num_nextn_predict_layers: at most one MTP layer is supported")
+    if any(not 0 <= token_id < config.vocab_size for token_id in config.eos_token_ids):
+        refuse(f"eos_token_id = {raw['eos_token_id']!r} is outside the vocabulary of {config.vocab_size}")
     known = {"deepseek_sparse_attention", "indexed_attention"}
     if any(kind not in known for kind in raw.get("layer_types") or ()):
         refuse(f"layer_types: only {sorted(known)} are supported")

@@ -51,7 +51,8 @@ def tensor_specs(config: GlmConfig) -> Iterator[TensorSpec]:
     hidden = config.hidden_size
     yield TensorSpec("model.embed_tokens.weight", (config.vocab_size, hidden), "model", None, "embed")
     for layer in range(config.num_hidden_layers):
-        yield from _layer(config, layer, config.indexer_types[layer] == "full", config.mlp_layer_types[layer] == "sparse")
+        full, sparse = config.indexer_types[layer] == "full", config.mlp_layer_types[layer] == "sparse"
+        yield from _layer(config, layer, full, sparse)
     if config.has_mtp:
         yield from _mtp_layer(config)
     yield TensorSpec("model.norm.weight", (hidden,), "model", None, "norm")

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from freehold.errors import MissingExtra
 from freehold.model.config import GlmConfig
 from freehold.model.names import TensorSpec
 from freehold.model.storage import BLOCK, StoredTensor
@@ -58,12 +57,10 @@ class RandomTensors:
 
     def _fp8_pieces(self, spec: TensorSpec) -> Iterator[bytes]:
         """One row of blocks at a time; what is quantised is the BF16 weight, as in the published checkpoints."""
-        try:
-            import torch
+        import torch  # BF16 checkpoints do without it
 
-            from freehold.model.quant import quantize_blocks
-        except ImportError:
-            raise MissingExtra("writing FP8 weights needs torch: pip install 'freehold[engine]'") from None
+        from freehold.model.quant import quantize_blocks
+
         columns = spec.shape[1]
         scales: list[bytes] = []
         for values in self.values(spec, BLOCK * columns):

@@ -63,8 +63,8 @@ def fp8_scheme(quantization: Mapping[str, Any] | None) -> Fp8Scheme | None:
     method = quantization.get("quant_method", quantization.get("quant_algo"))
     if method != "fp8":
         raise ConfigError(
-            f"quantization_config: quant_method {method!r} is not supported; use the BF16 or the FP8 (block-scaled E4M3) "
-            "build of the checkpoint"
+            f"quantization_config: quant_method {method!r} is not supported; "
+            "use the BF16 or the FP8 (block-scaled E4M3) build of the checkpoint"
         )
     unknown = sorted(set(quantization) - _FP8_KEYS)
     if unknown:
@@ -108,7 +108,8 @@ def dtype_name(dtype: str) -> str:
     try:
         return _DTYPE_NAMES[dtype]
     except KeyError:
-        raise ConfigError(f"config.json: dtype = {dtype!r} is not supported (one of {', '.join(_DTYPE_NAMES)})") from None
+        known = ", ".join(_DTYPE_NAMES)
+        raise ConfigError(f"config.json: dtype = {dtype!r} is not supported (only {known})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +145,14 @@ def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem
             yield from _dtype_problems(spec, entry, scale)
     for name, entry in index.tensors.items():
         if name not in used:
-            yield Problem("unexpected", name, f"{entry.file}: tensor {name!r} has no use in this model{_hint(name, config)}")
+            message = f"{entry.file}: tensor {name!r} has no use in this model{_hint(name, config)}"
+            yield Problem("unexpected", name, message)
     if quantised and scheme is None:
-        yield Problem(
-            "quantization", "", f"{index.directory}: has FP8 block scales, but config.json has no quantization_config"
-        )
+        message = f"{index.directory}: has FP8 block scales, but config.json has no quantization_config"
+        yield Problem("quantization", "", message)
     if scheme is not None and not quantised:
-        yield Problem(
-            "quantization", "", f"{index.directory}: config.json declares FP8, but no tensor has a {SCALE_SUFFIX!r} scale"
-        )
+        message = f"{index.directory}: config.json declares FP8, but no tensor has a {SCALE_SUFFIX!r} scale"
+        yield Problem("quantization", "", message)
 
 
 def check(config: GlmConfig, index: CheckpointIndex) -> None:
@@ -171,7 +171,8 @@ def _dtype_problems(spec: TensorSpec, entry: TensorEntry, scale: TensorEntry | N
             yield Problem("dtype", spec.name, message)
     elif entry.dtype == "F8_E4M3":
         if scale is None:
-            yield Problem("missing", spec.name + SCALE_SUFFIX, f"{where} is FP8, but {spec.name + SCALE_SUFFIX!r} is missing")
+            name = spec.name + SCALE_SUFFIX
+            yield Problem("missing", name, f"{where} is FP8, but {name!r} is missing")
         elif len(spec.shape) != 2:
             yield Problem("dtype", spec.name, f"{where} is FP8; only matrices can be")
         elif scale.dtype != "F32":

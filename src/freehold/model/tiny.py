@@ -120,7 +120,8 @@ def write_random_checkpoint(
     if len(shards) > 1:
         files = list(digests)
         weight_map = {tensor.name: files[i] for i, shard in enumerate(shards) for tensor in shard}
-        _write_json(path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        ordered = dict(sorted(weight_map.items()))
+        _write_json(path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": ordered})
     _write_json(path / "config.json", raw)
     _write_json(path / "generation_config.json", _generation_config(raw))
     if parsed.vocab_size >= 256 + TOY_RESERVED:

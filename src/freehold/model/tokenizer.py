@@ -51,8 +51,8 @@ class Tokenizer:
         self.vocab_size = len(self._bytes) if vocab_size is None else vocab_size
         if self.vocab_size < len(self._bytes):
             raise ConfigError(
-                f"tokenizer.json maps token id {len(self._bytes) - 1}, but the model's vocab_size is {self.vocab_size}; "
-                "the tokenizer belongs to another model"
+                f"tokenizer.json maps token id {len(self._bytes) - 1}, but vocab_size is {self.vocab_size}: "
+                "it belongs to another model"
             )
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._any_special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -26,7 +26,7 @@ _WORDS = (
     "city weather user message token open close start end begin read key type class import def self print not none"
 ).split()
 _SUFFIXES = "ing ed er s ly ion ation ment ness able ful less ive al ity ous est or ism ist".split()
-_SYMBOLS = ("  ", "    ", "        ", '":', '",', '"}', '{"', '["', '"]', "()", "):", "==", "->", "...", "--", "//", "\n\n")
+_SYMBOLS = ("  ", "    ", "        ", "\n\n", *'": ", "} {" [" "] () ): == -> ... -- //'.split())
 _ONSETS = "b c d f g h j k l m n p r s t v w br ch cl cr dr fl gr pl pr sh sl sp st str th tr".split()
 _VOWELS = "a e i o u ea ai ou oo".split()
 _CODAS = " n r s t l d m nd nt st ng ck ss ll".split(" ")
