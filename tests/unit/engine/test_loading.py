@@ -1,0 +1,90 @@
+"""From a checkpoint directory to an engine: sizes, refusals, and tokens out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from freehold.engine.loading import EngineOptions, available_memory, build_engine
+from freehold.engine.request import Request
+from freehold.errors import CheckpointError, ConfigError, InsufficientMemory, InvalidRequest
+from freehold.model.cache import PagedCache, cache_bytes_per_token
+from freehold.model.config import GlmConfig
+from freehold.model.sizes import size_config
+from freehold.model.tiny import make_tiny
+from freehold.types import FinishReason, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "nano"
+    make_tiny(directory, "nano")
+    return directory
+
+
+def test_an_engine_generates_and_reports_progress(nano: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    engine, tokenizer = build_engine(nano, EngineOptions(cache_bytes=1 << 22), lambda *p: seen.append(p))
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    engine.add(Request("a", tuple(tokenizer.encode("hello there")), params))
+    chunks = []
+    while engine.has_work:
+        chunks += engine.step()
+    engine.close()
+    assert [len(chunk.token_ids) for chunk in chunks] == [1] * 5
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+    assert chunks[0].prompt_logprobs is not None
+    assert len(chunks[0].prompt_logprobs) == len(tokenizer.encode("hello there"))
+    assert all(chunk.logprobs is not None and len(chunk.logprobs[0].top) == 2 for chunk in chunks)
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert engine.config.model_name == "nano"
+
+
+def test_prompt_logprobs_are_teacher_forced_scores_at_any_chunk_size(nano: Path) -> None:
+    prompt = tuple(torch.randint(0, 448, (90,), generator=torch.Generator().manual_seed(0)).tolist())
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    found = []
+    for budget in (16, 2048):
+        options = EngineOptions(cache_bytes=1 << 22, max_num_batched_tokens=budget, max_num_seqs=4, dtype="float32")
+        engine, _ = build_engine(nano, options)
+        engine.add(Request("a", prompt, params))
+        scores = [chunk.prompt_logprobs for _ in range(20) if engine.has_work for chunk in engine.step()][0]
+        assert scores is not None
+        assert scores[0] is None
+        assert [score.token_id for score in scores[1:] if score] == list(prompt[1:])
+        found.append([score.logprob for score in scores[1:] if score])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_cache_bytes_are_the_formula(nano: Path) -> None:
+    config = GlmConfig.from_file(nano)
+    cache = PagedCache(config, 3, 64, torch.bfloat16)
+    assert cache.num_bytes == 3 * 64 * cache_bytes_per_token(config, torch.bfloat16)
+    engine, _ = build_engine(nano, EngineOptions(cache_bytes=1 << 22))
+    assert engine.config.num_blocks == (1 << 22) // (64 * cache_bytes_per_token(config, torch.bfloat16))
+
+
+def test_what_cannot_be_is_refused_in_one_line(nano: Path, tmp_path: Path) -> None:
+    with pytest.raises(InsufficientMemory, match=r"1,000 bytes.*--cache-bytes"):
+        build_engine(nano, EngineOptions(cache_bytes=1000))
+    with pytest.raises(InvalidRequest, match="1048576 positions"):
+        build_engine(nano, EngineOptions(max_model_len=1 << 21))
+    with pytest.raises(ConfigError, match=r"no such file"):
+        build_engine(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(size_config("nano")))
+    with pytest.raises((CheckpointError, ConfigError)):
+        build_engine(tmp_path)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_bytes(nano: Path) -> None:
+    engine, _ = build_engine(nano, EngineOptions(cache_bytes=1 << 22))
+    with pytest.raises(InsufficientMemory, match=r"need [\d,]+ bytes of cache, but the whole cache has [\d,]+ bytes"):
+        engine.check(900_000, SamplingParams(max_tokens=10))
+
+
+def test_available_memory_is_below_the_machines() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < available_memory() <= total
