@@ -6,8 +6,7 @@ Tool calls are in GLM's grammar, whose tags are single control tokens that no te
 
 Arguments come in the order the schema declares them, each at most once, the required ones always. A VALUE is raw text
 where the schema asks for a string, and JSON elsewhere. Where it allows both (`["string", "null"]`), both forms are
-allowed. Raw text must not contain the closing tag spelled in ordinary characters: a parser that reads text could not
-tell it from the end.
+allowed, as `serve/arguments.py` reads them.
 
 `format` is an annotation in JSON Schema: formats that llguidance knows are enforced inside JSON, no others are.
 """
@@ -25,6 +24,7 @@ from freehold.types import Guide, ToolSpec
 
 # Enough to indent deeply nested JSON, and a bound on a model that would write white space for ever.
 _WHITESPACE = r"[ \t\r\n]{1,64}"
+_ANY_TEXT = "/(?s:.*)/"
 _ENFORCED_FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
@@ -74,8 +74,7 @@ class _Builder:
             case "tool_call":
                 body = self._tool_calls(guide)
         if guide.thinking:
-            # Neither tag may be spelled in ordinary characters either: a parser ends the thinking at both.
-            thought = self._rule(f"{_text_without('</think>')} & {_text_without('<tool_call>')}", terminal=True)
+            thought = self._rule(_ANY_TEXT, terminal=True)
             body = f"{thought} {self._token('</think>')} {body}"
         return Grammar(f"start: {body}\n" + "".join(self._rules), tuple(self._to_try))
 
@@ -104,12 +103,12 @@ class _Builder:
 
     def _tool(self, tool: ToolSpec) -> str:
         where = f"tool {tool.name!r}"
-        parts = [_literal(tool.name, where, "its name")]
+        parts = [_literal(tool.name)]
         root = Document(tool.schema, where)
         for key, schema, required in properties(root, where):
             value = self._value(root, schema, f"{where}, argument {key!r}")
             argument = self._rule(
-                f"{self._token('<arg_key>')} {_literal(key, where, 'an argument name')} {self._token('</arg_key>')} "
+                f"{self._token('<arg_key>')} {_literal(key)} {self._token('</arg_key>')} "
                 f"{self._token('<arg_value>')} {value} {self._token('</arg_value>')}"
             )
             parts.append(argument if required else f"{argument}?")
@@ -128,8 +127,8 @@ class _Builder:
     def _raw(self, schema: Schema, where: str) -> str:
         """The alternatives of a string given as text, not as JSON."""
         if "enum" in schema:
-            return " | ".join(_literal(value, where, "an enum value") for value in schema["enum"])
-        terms = [_text_without("</arg_value>")]
+            return " | ".join(_literal(value) for value in schema["enum"])
+        terms = []
         if "minLength" in schema or "maxLength" in schema:
             low, high = schema.get("minLength", 0), schema.get("maxLength")
             if not _is_count(low) or (high is not None and not _is_count(high)) or (high is not None and low > high):
@@ -137,20 +136,14 @@ class _Builder:
             terms.append(f"/(?s:.{{{low},{'' if high is None else high}}})/")
         if "pattern" in schema:
             terms.append(f"/{_search_regex(schema['pattern'], where)}/")
-        terminal = self._rule(" & ".join(terms), terminal=True)
-        if len(terms) > 1:
+        terminal = self._rule(" & ".join(terms) or _ANY_TEXT, terminal=True)
+        if terms:
             self._to_try.append(f"start: {terminal}\n{self._rules[-1]}")
         return terminal
 
 
-def _text_without(tag: str) -> str:
-    return f"/(?s:.*)/ & ~/(?s:.*){tag.replace('/', chr(92) + '/')}(?s:.*)/"
-
-
-def _literal(text: Any, where: str, what: str) -> str:
+def _literal(text: str) -> str:
     """A string literal of the grammar."""
-    if not isinstance(text, str) or any(tag in text for tag in ("<arg_", "</arg_", "tool_call>")):
-        raise InvalidRequest(f"{where}: {what} cannot be written in GLM's tool grammar: {text!r}", param="tools")
     return json.dumps(text, ensure_ascii=False)
 
 

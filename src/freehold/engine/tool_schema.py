@@ -136,6 +136,11 @@ class Forms:
 
 
 def take_apart(root: Document, schema: Any, where: str, depth: int = 0) -> Forms:
+    """The forms of a value; the inverse of how `serve/arguments.py` reads one. Raises InvalidRequest with the cause.
+
+    Without a type, text is read as JSON if it is JSON and as a string if not: so where nothing is asked, any text is
+    right, and where something is asked of other types than strings, JSON of those.
+    """
     if depth > _MAX_DEPTH:
         raise InvalidRequest(f"{where}: $ref leads in a circle", param="tools")
     schema = root.resolve(schema, where)
@@ -158,6 +163,11 @@ def take_apart(root: Document, schema: Any, where: str, depth: int = 0) -> Forms
         string = {key: schema[key] for key in _STRING_KEYS & schema.keys()}
         others = {key: value for key, value in schema.items() if key not in _STRING_KEYS}
         return Forms([string], [{**others, "type": rest}] if rest else [])
+    constraints = [key for key in schema if key not in _ANNOTATIONS and not key.startswith("x-")]
+    if not constraints or _STRING_KEYS & schema.keys() - {"type"}:
+        return Forms([{key: schema[key] for key in _STRING_KEYS & schema.keys()}])  # any text will do
+    if types is None and not {"anyOf", "oneOf", "allOf", "not"} & schema.keys():
+        return Forms(others=[{**schema, "type": [kind for kind in _PYTHON_TYPES if kind != "string"]}])
     return Forms(others=[schema])
 
 
@@ -171,7 +181,17 @@ def _enum_forms(schema: Schema, values: Sequence[Any], where: str) -> Forms:
     beside = [key for key in schema if key not in _ANNOTATIONS | {"enum", "const", "type"} and not key.startswith("x-")]
     if beside:
         raise InvalidRequest(f"{where}: {beside[0]!r} beside enum or const is not supported", param="tools")
+    if others and any(_is_json(value) for value in strings):
+        raise InvalidRequest(f"{where}: an enum of strings and other values that are written alike", param="tools")
     return Forms([{"enum": strings}] if strings else [], [{"enum": others}] if others else [])
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _type_names(value: Any) -> set[str]:
@@ -183,10 +203,9 @@ def _may_be_string(root: Document, schema: Any, where: str, depth: int = 0) -> b
     schema = root.resolve(schema, where)
     if depth > _MAX_DEPTH:
         return True  # `take_apart` names the circle
-    unions = [schema.get(union) for union in ("anyOf", "oneOf")]
-    branches = [branch for union in unions if isinstance(union, list | tuple) for branch in union]
-    if branches:
-        return any(_may_be_string(root, branch, where, depth + 1) for branch in branches)
+    unions = [schema[union] for union in ("anyOf", "oneOf") if isinstance(schema.get(union), list | tuple)]
+    if unions:
+        return any(_may_be_string(root, branch, where, depth + 1) for union in unions for branch in union)
     forms = take_apart(root, schema, where, depth + 1)
     return bool(forms.strings)
 
