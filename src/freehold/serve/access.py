@@ -12,29 +12,32 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freehold.errors import AuthenticationFailed
-from freehold.serve.wire import error_response
+
+Refuse = Callable[[Request, Exception], Awaitable[Response]]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 LOCAL_PATHS = frozenset({"/metrics"})
 
 
 class Guard:
-    """Lets a request through, or answers 401 or 403.
+    """Lets a request through, or refuses it with 401 or 403.
 
-    api_keys: any of them is accepted; none means that no key is asked for.
+    refuse: makes the response. api_keys: any of them is accepted; none means that no key is asked for.
     local_only: check the Host header. Set it when the server is bound to loopback and asks for no key.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Iterable[str] = (), local_only: bool = False) -> None:
+    def __init__(self, app: ASGIApp, *, refuse: Refuse, api_keys: Iterable[str] = (), local_only: bool = False) -> None:
         self._app = app
+        self._refuse = refuse
         self._keys = [_digest(key) for key in api_keys]
         self._local_only = local_only
 
@@ -42,7 +45,7 @@ class Guard:
         if scope["type"] == "http":
             refusal = self._refusal(scope)
             if refusal is not None:
-                response = error_response(Request(scope), refusal)
+                response = await self._refuse(Request(scope), refusal)
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

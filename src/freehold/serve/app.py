@@ -37,6 +37,8 @@ def build_app(state: ServerState, *, on_warm: Callable[[Exception | None], None]
     handler = partial(_handle_error, {operation.path: operation for operation in operations})
     body = encode_json(document(operations, with_keys=bool(state.api_keys)))
 
+    local_only = state.loopback and not state.api_keys
+
     async def openapi(request: Request) -> Response:
         return Response(body, media_type="application/json")
 
@@ -45,7 +47,7 @@ def build_app(state: ServerState, *, on_warm: Callable[[Exception | None], None]
             *(route for module in API_MODULES for route in module.routes(state)),
             Route("/openapi.json", openapi),
         ],
-        middleware=[Middleware(Guard, api_keys=state.api_keys, local_only=state.loopback and not state.api_keys)],
+        middleware=[Middleware(Guard, refuse=handler, api_keys=state.api_keys, local_only=local_only)],
         exception_handlers={
             FreeholdError: handler,
             HTTPException: handler,
@@ -59,7 +61,10 @@ def build_app(state: ServerState, *, on_warm: Callable[[Exception | None], None]
 
 
 async def _handle_error(operations: dict[str, Operation], request: Request, error: Exception) -> Response:
-    operation = operations.get(request.url.path)
+    path = request.scope["path"]
+    operation = operations.get(path)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        error = HTTPException(error.status_code, f"no {request.method} {path} here; see /openapi.json", error.headers)
     if operation is None or isinstance(error, ClientDisconnect):
         return error_response(request, error)
     body = operation.errors(error)

@@ -1,13 +1,14 @@
-"""From the engine's words to the wire's: usage, logprobs, prompt logprobs. For chat and completions."""
+"""From the engine's words to the wire's: usage, logprobs, finish reasons. For chat and completions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from freehold import __version__
+from freehold.errors import Unavailable
 from freehold.serve.schema import (
     CompletionTokensDetails,
+    FinishReasonWord,
     PromptLogprob,
     PromptLogprobs,
     PromptTokensDetails,
@@ -15,11 +16,8 @@ from freehold.serve.schema import (
     TopLogprob,
     UsageBody,
 )
-from freehold.types import TokenLogprobs, Usage
-
-if TYPE_CHECKING:
-    from freehold.model.tokenizer import Tokenizer
-    from freehold.serve.turn import TextToken
+from freehold.serve.turn import TextToken, TurnFinished
+from freehold.types import Usage
 
 FINGERPRINT = f"freehold-{__version__}"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; this is what OpenAI and vLLM send
@@ -58,16 +56,25 @@ def token_logprob(token: TextToken) -> TokenLogprob:
     )
 
 
-def prompt_logprobs_body(entries: Sequence[TokenLogprobs | None], tokenizer: Tokenizer) -> PromptLogprobs:
-    """vLLM's shape: per position a map from token id to its logprob, the prompt's own token first."""
+def prompt_logprobs_body(tokens: Sequence[TextToken | None], k: int | None = None) -> PromptLogprobs:
+    """vLLM's shape: per position a map from token id to its logprob, the prompt's own token first.
 
-    def candidate(token_id: int, logprob: float, rank: int) -> PromptLogprob:
-        return PromptLogprob(finite(logprob), rank, tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
+    k: how many of the best to show besides it; all there are by default.
+    """
+    return [None if token is None else _candidates(token, k) for token in tokens]
 
-    def position(entry: TokenLogprobs) -> dict[str, PromptLogprob]:
-        found = {str(entry.token_id): candidate(entry.token_id, entry.logprob, entry.rank)}
-        for rank, (token_id, logprob) in enumerate(entry.top, start=1):
-            found.setdefault(str(token_id), candidate(token_id, logprob, rank))
-        return found
 
-    return [None if entry is None else position(entry) for entry in entries]
+def _candidates(token: TextToken, k: int | None) -> dict[str, PromptLogprob]:
+    own = token.logprobs
+    found = {str(own.token_id): PromptLogprob(finite(own.logprob), own.rank, token.text)}
+    best = list(zip(own.top, token.top_text, strict=True))[:k]
+    for rank, ((token_id, logprob), (text, _, _)) in enumerate(best, start=1):
+        found.setdefault(str(token_id), PromptLogprob(finite(logprob), rank, text))
+    return found
+
+
+def finish_reason(finished: TurnFinished) -> FinishReasonWord:
+    """Raises Unavailable for a turn that the server cut off: half an answer must not look like a whole one."""
+    if finished.reason == "abort":
+        raise Unavailable("the server stopped before the answer was complete; send it again", retry_after=1)
+    return finished.reason

@@ -51,7 +51,7 @@ def routes(state: ServerState) -> list[Route]:
         if ask.stream:
             writer = ChunkWriter(reply, with_usage=wants_usage(ask))
             return EventStream(request, _frames(writer, streams), warnings=warnings)
-        completion = await until_disconnect(request, collect(reply, streams, state.chat.tokenizer))
+        completion = await until_disconnect(request, collect(reply, streams))
         return json_response(request, completion, warnings=warnings)
 
     return [Route("/v1/chat/completions", create, methods=["POST"])]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from freehold.errors import Unavailable
 from freehold.serve import schema
-from freehold.serve.bodies import FINGERPRINT, prompt_logprobs_body, token_logprob, usage_body
+from freehold.serve.bodies import FINGERPRINT, finish_reason, prompt_logprobs_body, token_logprob, usage_body
 from freehold.serve.schema import ChatChunk, ChatLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
 from freehold.serve.stream import merge, sse
 from freehold.serve.turn import (
@@ -24,10 +22,6 @@ from freehold.serve.turn import (
     TurnFinished,
 )
 from freehold.serve.wire import encode_json
-from freehold.types import TokenLogprobs
-
-if TYPE_CHECKING:
-    from freehold.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +32,6 @@ class Reply:
     created: int
     model: str
     logprobs: bool = False
-
-
-def finish_reason(finished: TurnFinished) -> schema.FinishReasonWord:
-    """Raises Unavailable for a turn that the server cut off: half an answer must not look like a whole one."""
-    if finished.reason == "abort":
-        raise Unavailable("the server stopped before the answer was complete; send it again", retry_after=1)
-    return finished.reason
 
 
 # ---- whole -------------------------------------------------------------------------------------------------
@@ -66,7 +53,7 @@ class _Collector:
     content_tokens: list[TextToken] = field(default_factory=list)
     reasoning_tokens: list[TextToken] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
-    prompt: tuple[TokenLogprobs | None, ...] | None = None
+    prompt: tuple[TextToken | None, ...] | None = None
     finished: TurnFinished | None = None
 
     def add(self, event: Event) -> None:
@@ -82,7 +69,7 @@ class _Collector:
             case ToolCallArguments():
                 self.calls[event.index].arguments.append(event.fragment)
             case PromptScored():
-                self.prompt = event.logprobs
+                self.prompt = event.tokens
             case TurnFinished():
                 self.finished = event
 
@@ -110,9 +97,7 @@ def _logprobs(content: Sequence[TextToken], reasoning: Sequence[TextToken]) -> C
     )
 
 
-async def collect(
-    reply: Reply, streams: Sequence[AsyncGenerator[Event, None]], tokenizer: Tokenizer
-) -> schema.ChatCompletion:
+async def collect(reply: Reply, streams: Sequence[AsyncGenerator[Event, None]]) -> schema.ChatCompletion:
     """Wait for every choice and put the body together. Closes the streams."""
     choices = [_Collector() for _ in streams]
     merged = merge(streams)
@@ -130,7 +115,7 @@ async def collect(
         choices=[choice.choice(index, logprobs=reply.logprobs) for index, choice in enumerate(choices)],
         usage=usage_body([ends[0].usage], [(end.usage, end.reasoning_tokens) for end in ends]),
         system_fingerprint=FINGERPRINT,
-        prompt_logprobs=UNSET if prompt is None else prompt_logprobs_body(prompt, tokenizer),
+        prompt_logprobs=UNSET if prompt is None else prompt_logprobs_body(prompt),
     )
 
 
@@ -168,11 +153,11 @@ class ChunkWriter:
                 self._ends[index] = event
             case PromptScored():
                 return b""
-        frame = self._chunk(ChunkChoice(index, delta, tokens, finish))
+        frame = self._chunk([ChunkChoice(index, delta, tokens, finish)])
         if index in self._begun:
             return frame
         self._begun.add(index)
-        return self._chunk(ChunkChoice(index, Delta(role="assistant", content=""))) + frame
+        return self._chunk([ChunkChoice(index, Delta(role="assistant", content=""))]) + frame
 
     def usage_frame(self) -> bytes:
         """The last chunk, if usage was asked for: no choices, the sum of all of them."""
@@ -180,13 +165,19 @@ class ChunkWriter:
             return b""
         ends = list(self._ends.values())
         usage = usage_body([self._ends[0].usage], [(end.usage, end.reasoning_tokens) for end in ends])
-        reply = self._reply
-        return sse(encode_json(ChatChunk(reply.id, reply.created, reply.model, [], FINGERPRINT, usage=usage)))
+        return self._chunk([], usage)
 
-    def _chunk(self, choice: ChunkChoice) -> bytes:
+    def _chunk(self, choices: list[ChunkChoice], usage: schema.UsageBody | None = None) -> bytes:
         reply = self._reply
-        usage = None if self._with_usage else UNSET
-        return sse(encode_json(ChatChunk(reply.id, reply.created, reply.model, [choice], FINGERPRINT, usage=usage)))
+        chunk = ChatChunk(
+            id=reply.id,
+            created=reply.created,
+            model=reply.model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            usage=usage if self._with_usage else UNSET,
+        )
+        return sse(encode_json(chunk))
 
 
 def _call_delta(index: int, function: FunctionDelta, call_id: str | None = None) -> Delta:

@@ -32,13 +32,18 @@ def routes(state: ServerState) -> list[Route]:
     """The routes of this module."""
 
     async def list_models(request: Request) -> Response:
-        return json_response(request, ModelList([_model(name) for name in state.model_names]))
+        return json_response(request, ModelList(data=[_model(name) for name in state.model_names]))
 
     async def get_model(request: Request) -> Response:
         return json_response(request, _model(state.resolve_model(request.path_params["model"])))
 
     def _model(name: str) -> Model:
-        return Model(name, state.started, state.engine.config.max_model_len, root=state.model_name)
+        return Model(
+            id=name,
+            created=state.started,
+            max_model_len=state.engine.config.max_model_len,
+            root=state.model_name,
+        )
 
     async def health(request: Request) -> Response:
         if not state.engine.is_alive:

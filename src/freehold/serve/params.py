@@ -33,7 +33,9 @@ def sampling_params(
         min_p=defaults.min_p if request.min_p is None else request.min_p,
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
-        repetition_penalty=defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty,
+        repetition_penalty=defaults.repetition_penalty
+        if request.repetition_penalty is None
+        else request.repetition_penalty,
         logit_bias=request.logit_bias or {},
         seed=request.seed,
         stop_token_ids=tuple(request.stop_token_ids or ()),

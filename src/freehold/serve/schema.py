@@ -308,12 +308,12 @@ class ToolCallOut(Struct, frozen=True):
     function: FunctionCallOut
 
 
-class AssistantOut(Struct, frozen=True):
+class AssistantOut(Struct, frozen=True, kw_only=True):
+    role: Literal["assistant"] = "assistant"
     content: str | None
+    refusal: None = None
     reasoning_content: str | None
     reasoning: str | None
-    role: Literal["assistant"] = "assistant"
-    refusal: None = None
     tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
@@ -325,14 +325,14 @@ class ChatChoice(Struct, frozen=True):
     stop_reason: Annotated[str, Meta(description="the stop string that ended it")] | None = None
 
 
-class ChatCompletion(Struct, frozen=True):
+class ChatCompletion(Struct, frozen=True, kw_only=True):
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageBody
-    system_fingerprint: str
-    object: Literal["chat.completion"] = "chat.completion"
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
@@ -363,16 +363,16 @@ class ChunkChoice(Struct, frozen=True):
     finish_reason: FinishReasonWord | None = None
 
 
-class ChatChunk(Struct, frozen=True):
+class ChatChunk(Struct, frozen=True, kw_only=True):
     """One SSE event of a chat stream. usage is absent unless asked for; then null until the last chunk."""
 
     id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[ChunkChoice]
     system_fingerprint: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    usage: UsageBody | None | UnsetType = UNSET
+    choices: list[ChunkChoice]
+    usage: UsageBody | UnsetType | None = UNSET
 
 
 class CompletionLogprobs(Struct, frozen=True):
@@ -380,7 +380,7 @@ class CompletionLogprobs(Struct, frozen=True):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     bytes: list[list[int]]
 
@@ -389,36 +389,36 @@ class CompletionChoice(Struct, frozen=True):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReasonWord | None = None
     stop_reason: str | None = None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
-class Completion(Struct, frozen=True):
+class Completion(Struct, frozen=True, kw_only=True):
     """A text completion, and also one SSE event of its stream."""
 
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
     system_fingerprint: str
-    object: Literal["text_completion"] = "text_completion"
-    usage: UsageBody | None | UnsetType = UNSET
+    choices: list[CompletionChoice]
+    usage: UsageBody | UnsetType | None = UNSET
 
 
-class Model(Struct, frozen=True):
+class Model(Struct, frozen=True, kw_only=True):
     id: str
+    object: Literal["model"] = "model"
     created: int
+    owned_by: str = "freehold"
     max_model_len: int
     root: str
-    object: Literal["model"] = "model"
-    owned_by: str = "freehold"
     parent: None = None
 
 
-class ModelList(Struct, frozen=True):
-    data: list[Model]
+class ModelList(Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
+    data: list[Model]
 
 
 class Tokenized(Struct, frozen=True):

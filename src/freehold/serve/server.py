@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
+from freehold.engine.async_engine import AsyncEngine
+from freehold.engine.guide import GuideCompiler
 from freehold.errors import InvalidRequest
 from freehold.serve.access import is_loopback
 from freehold.serve.app import build_app
-from freehold.serve.state import ServerState
+from freehold.serve.service import ChatService, CompletionService
+from freehold.serve.state import SamplingDefaults, ServerState
+
+if TYPE_CHECKING:
+    from freehold.engine.engine import Engine
+    from freehold.model.tokenizer import Tokenizer
+    from freehold.serve.template import ChatTemplate
 
 API_KEY_VARIABLE = "FREEHOLD_API_KEY"
 
@@ -83,6 +93,34 @@ def base_url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def build_state(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    model_names: Sequence[str] = (),
+    sampling: SamplingDefaults | None = None,
+    api_keys: tuple[str, ...] = (),
+    loopback: bool = True,
+) -> ServerState:
+    """Put services around an engine. model_names: by default the engine's own.
+
+    Structured output needs llguidance; without it, requests that ask for it are refused.
+    """
+    async_engine = AsyncEngine(engine)
+    guides = None
+    if importlib.util.find_spec("llguidance") is not None:
+        guides = GuideCompiler(tokenizer, engine.config.eos_token_ids)
+    return ServerState(
+        chat=ChatService(async_engine, tokenizer, template, guides),
+        completion=CompletionService(async_engine, tokenizer, guides),
+        model_names=tuple(model_names) or (engine.config.model_name,),
+        sampling=sampling or SamplingDefaults(),
+        api_keys=api_keys,
+        loopback=loopback,
+    )
+
+
 def serve(
     state: ServerState,
     sock: socket.socket,
@@ -94,28 +132,49 @@ def serve(
 
     Call it on the main thread. drain_timeout: seconds. notice: where messages to the operator go.
     """
-    asyncio.run(_Server(state, sock, drain_timeout, notice).run())
+
+    async def main() -> None:
+        server = Server(state, sock, drain_timeout=drain_timeout, notice=notice)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, _on_signal, server, number)
+        await server.run()
+
+    asyncio.run(main())
+
+
+def _on_signal(server: Server, number: int) -> None:
+    if server.is_stopping:
+        sys.stderr.write("stopped at once\n")
+        sys.stderr.flush()
+        os._exit(128 + number)  # not even the engine's thread is waited for
+    server.stop()
 
 
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its own signal handling."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _Server:
+class Server:
+    """One server on one event loop, without signal handlers: `serve` adds them, tests do without.
+
+    It closes the socket.
+    """
+
     def __init__(
-        self, state: ServerState, sock: socket.socket, drain_timeout: float, notice: Callable[[str], None]
+        self, state: ServerState, sock: socket.socket, *, drain_timeout: float, notice: Callable[[str], None]
     ) -> None:
+        self.is_stopping = False
         self._state = state
         self._socket = sock
+        self._url = base_url(sock)
         self._drain_timeout = drain_timeout
         self._notice = notice
         self._failure: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
         self._server = _Uvicorn(
             uvicorn.Config(
                 build_app(state, on_warm=self._on_warm),
@@ -131,20 +190,24 @@ class _Server:
         )
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        """Serve until `stop` has drained. Raises what went wrong with the first generation."""
         await self._server.serve(sockets=[self._socket])
         if self._failure is not None:
             raise self._failure
 
-    def _spawn(self, work: asyncio.Task[None]) -> None:
-        self._tasks.add(work)
-        work.add_done_callback(self._tasks.discard)
+    def stop(self) -> None:
+        """Begin to drain; `run` returns when that is done. Call it on the event loop."""
+        self.is_stopping = True
+        self._notice(f"draining: running requests have {self._drain_timeout:g} s; signal again to stop at once")
+        self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        await self._state.engine.drain(self._drain_timeout)
+        self._server.should_exit = True
 
     def _on_warm(self, failure: Exception | None) -> None:
         if failure is None:
-            self._spawn(asyncio.create_task(self._announce()))
+            self._spawn(self._announce())
         else:
             self._failure = failure
             self._server.should_exit = True
@@ -152,21 +215,13 @@ class _Server:
     async def _announce(self) -> None:
         while not self._server.started:  # the engine may be warm before the socket listens
             await asyncio.sleep(0.005)
-        for line in ready_lines(self._state, base_url(self._socket)):
+        for line in ready_lines(self._state, self._url):
             self._notice(line)
 
-    def _on_signal(self, number: int) -> None:
-        if self._stopping:
-            sys.stderr.write("stopped at once\n")
-            sys.stderr.flush()
-            os._exit(128 + number)  # not even the engine's thread is waited for
-        self._stopping = True
-        self._notice(f"draining: running requests have {self._drain_timeout:g} s; signal again to stop at once")
-        self._spawn(asyncio.create_task(self._drain()))
-
-    async def _drain(self) -> None:
-        await self._state.engine.drain(self._drain_timeout)
-        self._server.should_exit = True
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the event loop keeps no hold of its tasks
+        task.add_done_callback(self._tasks.discard)
 
 
 def ready_lines(state: ServerState, url: str) -> Sequence[str]:

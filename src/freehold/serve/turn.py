@@ -65,9 +65,10 @@ class TextToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """The first event, only when prompt_logprobs were asked for: one entry per prompt token, the first None."""
+    """The first event, and only when prompt_logprobs were asked for: every prompt token, None for the first, which
+    nothing predicts."""
 
-    logprobs: tuple[TokenLogprobs | None, ...]
+    tokens: tuple[TextToken | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("endpoint", "prefix", "sdk", "struct"), CASES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("endpoint", "prefix", "sdk", "struct"), CASES, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_every_field_of_the_sdk_is_honoured_or_in_the_table(
     endpoint: str, prefix: str, sdk: Any, struct: type[msgspec.Struct]
 ) -> None:
@@ -71,7 +73,9 @@ def test_every_field_of_the_sdk_is_honoured_or_in_the_table(
     assert not unknown, f"neither honoured nor in fields.py: {sorted(unknown)}"
 
 
-@pytest.mark.parametrize(("endpoint", "prefix", "sdk", "struct"), CASES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("endpoint", "prefix", "sdk", "struct"), CASES, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_no_field_is_both_honoured_and_in_the_table(
     endpoint: str, prefix: str, sdk: Any, struct: type[msgspec.Struct]
 ) -> None:

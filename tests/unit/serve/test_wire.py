@@ -94,7 +94,10 @@ def test_a_body_that_is_no_object_is_refused(body: object) -> None:
         (chat(temprature=1), "temprature"),
         (chat(stream_options={"foo": 1}), "stream_options.foo"),
         ({"messages": [USER, {**USER, "tool_calls": []}]}, "messages[1].tool_calls"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "x": 1}]}]}, "messages[0].content[0].x"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "x": 1}]}]},
+            "messages[0].content[0].x",
+        ),
         (chat(response_format={"type": "json_object", "y": 1}), "response_format.y"),
     ],
 )
@@ -154,7 +157,17 @@ async def test_a_body_may_come_in_parts() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b'{"a":1}x', b'{"a":"\xff"}', b'{"a":"\\ud800"}', b"NaN", b"\xef\xbb\xbf{}", b"[" * 100_000, b"[1e999]"],
+    [
+        b"",
+        b"{",
+        b'{"a":1}x',
+        b'{"a":"\xff"}',
+        b'{"a":"\\ud800"}',
+        b"NaN",
+        b"\xef\xbb\xbf{}",
+        b"[" * 100_000,
+        b"[1e999]",
+    ],
     ids=["empty", "cut", "trailing", "not-utf8", "surrogate", "nan", "bom", "deep", "overflow"],
 )
 async def test_what_is_not_json_is_a_400(data: bytes) -> None:
