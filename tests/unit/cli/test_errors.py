@@ -91,7 +91,7 @@ def test_another_missing_module_is_unforeseen() -> None:
 
 def test_without_torch_a_command_that_needs_it_prints_the_install_line(tmp_path: Path) -> None:
     """torch is hidden from a fresh interpreter, as after `pip install freehold` without the extra."""
-    make_tiny("nano", tmp_path / "nano")
+    make_tiny(tmp_path / "nano", "nano")
     code = """
 import sys
 sys.modules["torch"] = None  # makes `import torch` fail as if it were absent
