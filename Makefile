@@ -14,7 +14,8 @@ MODEL := models/$(SIZE)
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-up: $(INSTALLED) $(MODEL) ## install, make a small checkpoint and serve it on 127.0.0.1:8000 (SIZE=nano, PORT=...)
+up: $(INSTALLED) ## install, make a small checkpoint and serve it on 127.0.0.1:8000 (SIZE=nano, PORT=...)
+	@$(BIN)/freehold tiny $(MODEL) --size $(SIZE)
 	@sed -n '/<!-- try -->/,/<!-- .try -->/{/^<!--/d;/^```/d;s/:8000/:$(PORT)/;s/"small"/"$(SIZE)"/;p}' README.md
 	@exec $(BIN)/freehold serve $(MODEL) --port $(PORT)
 
@@ -62,9 +63,3 @@ $(INSTALLED): pyproject.toml $(LOCKS)
 	$(PIP) install -r requirements/torch.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
-
-# A half-written checkpoint never gets the final name.
-$(MODEL): | $(INSTALLED)
-	@rm -rf models/.$(SIZE).part && mkdir -p models
-	$(BIN)/freehold tiny models/.$(SIZE).part --size $(SIZE)
-	@mv models/.$(SIZE).part $(MODEL)

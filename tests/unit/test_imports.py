@@ -18,7 +18,6 @@ TORCH = {
     "freehold.engine.loading",
     "freehold.engine.runner",
     "freehold.engine.sampler",
-    "freehold.engine.speculate",
     "freehold.model.cache",
     "freehold.model.glm",
     "freehold.model.indexer",
@@ -31,7 +30,6 @@ TORCH = {
     "freehold.model.ops.interface",
     "freehold.model.ops.reference",
     "freehold.model.quant",
-    "freehold.model.tiny",
     "freehold.model.weights",
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from freehold import errors
 from freehold.cli.errors import describe, run
+from freehold.model.tiny import make_tiny
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -87,15 +89,17 @@ def test_another_missing_module_is_unforeseen() -> None:
     assert describe(ModuleNotFoundError("No module named 'nonsense'", name="nonsense"))[1] == 1
 
 
-def test_without_torch_a_command_that_needs_it_prints_the_install_line() -> None:
-    """torch is hidden from a fresh interpreter, as in `pip install freehold` without the extra."""
+def test_without_torch_a_command_that_needs_it_prints_the_install_line(tmp_path: Path) -> None:
+    """torch is hidden from a fresh interpreter, as after `pip install freehold` without the extra."""
+    make_tiny(tmp_path / "nano", "nano")
     code = """
 import sys
 sys.modules["torch"] = None  # makes `import torch` fail as if it were absent
 from freehold.cli.main import main
-sys.exit(main(["tiny", "unused", "--size", "nano"]))
+sys.exit(main(sys.argv[1:]))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code, "serve", str(tmp_path / "nano"), "--port", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 6, result.stderr
     assert result.stderr.startswith("error: ")
     assert "pip install 'freehold[engine]'" in result.stderr

@@ -131,8 +131,9 @@ def test_two_shared_experts_are_one_wider_mlp() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_names_and_shapes_are_those_of_transformers(size: str) -> None:
     """transformers fuses routed experts and has no MTP layer; everything else must be there under the same name."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+    import torch
+    import transformers
+
     config = GlmConfig.from_dict(size_config(size))
     ours = {spec.name: spec.shape for spec in tensor_specs(config) if spec.layer != config.num_hidden_layers}
     with torch.device("meta"):
