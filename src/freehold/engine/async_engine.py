@@ -50,7 +50,7 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         engine = self._engine
         try:
-            while self._take_messages() and engine.failure is None:
+            while engine.failure is None and self._take_messages():
                 chunks = engine.step()
                 if chunks:
                     self._deliver(chunks)
@@ -243,8 +243,10 @@ class AsyncEngine:
             await asyncio.to_thread(self.engine.close)
             return
         self._worker.inbox.put(None)
-        if not await self._wait(self._ended, _GRACE):
-            self._on_ended()
+        if await self._wait(self._ended, _GRACE):
+            await asyncio.to_thread(self._worker.join)  # its last act was to say that it ended
+        else:
+            self._on_ended()  # a step hangs; the thread ends with it, or with the process
 
     @staticmethod
     async def _wait(event: asyncio.Event, seconds: float) -> bool:

@@ -109,7 +109,7 @@ class Engine:
             self.metrics.begin(request.request_id, request.arrival)
 
     def abort(self, request_id: str) -> None:
-        """End a request: its blocks are free on return, its last chunk comes with the next step. No such id: nothing."""
+        """End a request, if there is one: its blocks are free at once, its last chunk comes with the next step."""
         chunk = self.scheduler.abort(request_id)
         if chunk is not None:
             self._pending.append(chunk)
