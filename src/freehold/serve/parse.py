@@ -274,6 +274,7 @@ class StreamParser:
         if self._arguments is not None:
             self._emit_arguments(self._arguments.finish(cut=cut))
             self._arguments = None
+            self._tokens.clear()
             self.done = not self._parallel
         self._state = _State.CONTENT
 
