@@ -17,12 +17,13 @@ from freehold.serve.parse import TAGS, VISIBLE_CONTROL, StreamParser
 from freehold.serve.turn import (
     ContentDelta,
     Event,
+    PromptScored,
     ReasoningDelta,
     TextToken,
     ToolCallArguments,
     TurnFinished,
 )
-from freehold.types import FinishReason, TokenChunk, ToolSpec, Usage
+from freehold.types import FinishReason, TokenChunk, TokenLogprobs, ToolSpec, Usage
 
 Reason = Literal["stop", "length", "tool_calls", "abort"]
 
@@ -57,6 +58,7 @@ class TurnReader:
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
+        self._tokenizer = tokenizer
         self._pieces = _PieceReader(tokenizer, stop, include_stop, min_tokens)
         text_tags = [tag for tag in TAGS if tokenizer.special_id(tag) is None]
         self._parser = StreamParser(thinking, tools, parallel=parallel, text_tags=text_tags)
@@ -65,6 +67,8 @@ class TurnReader:
     def read(self, chunk: TokenChunk) -> list[Event]:
         """The events of one chunk; after an ERROR chunk the caller raises `error_of(chunk)`."""
         parser, events = self._parser, list[Event]()
+        if chunk.prompt_logprobs is not None:
+            events.append(PromptScored(_prompt(self._tokenizer, chunk.prompt_logprobs)))
         for piece in self._pieces.read(chunk):
             events += parser.feed(piece.text, control=piece.control, starts=piece.starts, tokens=piece.tokens)
             if parser.done:
@@ -109,7 +113,9 @@ class TextReader:
         """The events of one chunk; after an ERROR chunk the caller raises `error_of(chunk)`."""
         events: list[TextEvent] = []
         if self._echo or chunk.prompt_logprobs is not None:
-            events.append(TextDelta(self._echo, (), self._prompt(chunk)))
+            scored = chunk.prompt_logprobs
+            prompt = None if scored is None else _prompt(self._tokenizer, scored)
+            events.append(TextDelta(self._echo, (), prompt))
             self._echo = ""
         shown = [p for p in self._pieces.read(chunk) if not p.control or p.text in VISIBLE_CONTROL]
         text, tokens = "".join(p.text for p in shown), tuple(token for p in shown for token in p.tokens)
@@ -120,11 +126,6 @@ class TextReader:
             events.append(self._finish(reason, chunk.usage))
         return events
 
-    def _prompt(self, chunk: TokenChunk) -> tuple[TextToken | None, ...] | None:
-        if chunk.prompt_logprobs is None:
-            return None
-        return tuple(None if entry is None else text_token(self._tokenizer, entry) for entry in chunk.prompt_logprobs)
-
     def end(self) -> list[TextEvent]:
         """The engine's stream ended without a last chunk, which is an abort."""
         return [self._finish("abort", self._pieces.usage)]
@@ -132,6 +133,10 @@ class TextReader:
     def _finish(self, reason: Reason, usage: Usage) -> TurnFinished:
         self.finished = True
         return TurnFinished(reason, replace(usage, completion_tokens=self._pieces.count), 0, self._pieces.stopped)
+
+
+def _prompt(tokenizer: Tokenizer, entries: Iterable[TokenLogprobs | None]) -> tuple[TextToken | None, ...]:
+    return tuple(None if entry is None else text_token(tokenizer, entry) for entry in entries)
 
 
 def error_of(chunk: TokenChunk) -> Exception | None:

@@ -151,7 +151,15 @@ def _on_signal(server: Server, number: int) -> None:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handling."""
+    """uvicorn without its own signal handling, and with an event for when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -213,8 +221,7 @@ class Server:
             self._server.should_exit = True
 
     async def _announce(self) -> None:
-        while not self._server.started:  # the engine may be warm before the socket listens
-            await asyncio.sleep(0.005)
+        await self._server.listens.wait()  # the engine may be warm before
         for line in ready_lines(self._state, self._url):
             self._notice(line)
 
@@ -228,8 +235,8 @@ def ready_lines(state: ServerState, url: str) -> Sequence[str]:
     """What is printed when requests are taken: where, and what to try."""
     config = state.engine.config
     key = f'\n  -H "authorization: Bearer ${API_KEY_VARIABLE}" \\' if state.api_keys else ""
-    return (
-        f"ready: {state.model_name} on {url}/v1 (context {config.max_model_len:,} tokens)",
-        f"try:   curl {url}/v1/chat/completions -H 'content-type: application/json' \\{key}\n"
-        f"""  -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'""",
+    example = (
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' \\{key}\n"
+        """  -d '{"messages": [{"role": "user", "content": "Hello"}]}'"""
     )
+    return f"ready: {state.model_name} on {url}/v1 (context {config.max_model_len:,} tokens)", f"try:   {example}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from freehold.errors import ContextTooLong, InvalidRequest, MissingExtra, UnsupportedField
+from freehold.errors import ContextTooLong, InvalidRequest, MissingExtra
 from freehold.model.tokenizer import Tokenizer
 from freehold.serve.conversation import read_tools
 from freehold.serve.reader import TextDelta, TextEvent, TextReader, TurnReader, error_of
@@ -53,12 +53,8 @@ class ChatService:
     def prepare(self, turn: Turn) -> PreparedTurn:
         """Render and check a turn. Computes only, so it may run in a thread.
 
-        Raises InvalidRequest (UnknownField, UnsupportedField, ContextTooLong) naming the field, or MissingExtra.
+        Raises InvalidRequest (UnknownField, ContextTooLong) naming the field, or MissingExtra.
         """
-        if turn.params.prompt_logprobs is not None:
-            raise UnsupportedField(
-                "prompt_logprobs is not supported for chat; send the prompt to /v1/completions", param="prompt_logprobs"
-            )
         if turn.tool_choice == "none":
             turn = replace(turn, tools=())
         elif isinstance(turn.tool_choice, tuple):

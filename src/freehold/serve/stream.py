@@ -163,7 +163,7 @@ async def all_or_none(submit: Callable[[int], AsyncGenerator[T, None]], n: int) 
     opened: list[AsyncGenerator[T, None]] = []
     try:
         for index in range(n):
-            opened.append(submit(index))
+            opened.append(submit(index))  # noqa: PERF401  what was opened must be known if one raises
     except BaseException:
         for stream in opened:
             await stream.aclose()
@@ -179,9 +179,9 @@ class _Ended:
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Interleave several generators as (index, item), first come first served, taking turns. Closes all of them in the end.
+    """Interleave several generators as (index, item), first come first served, taking turns.
 
-    The first failure is raised and ends the others.
+    The first failure is raised and ends the others. All of them are closed in the end.
     """
     if len(streams) == 1:
         (only,) = streams

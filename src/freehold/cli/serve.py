@@ -1,0 +1,190 @@
+"""`freehold serve`: from options to a running server, over a checkpoint or over the simulated engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from freehold.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from freehold.engine.engine import Engine
+    from freehold.engine.sim import Fault
+    from freehold.model.tokenizer import Tokenizer
+    from freehold.serve.template import ChatTemplate
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Profile(StrEnum):
+    AUTO = "auto"
+    GLM_5_2 = "glm-5.2"
+    GLM_5_3 = "glm-5.3"
+
+
+def serve(
+    directory: Annotated[Path | None, typer.Argument(help="A checkpoint directory.", show_default=False)] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; any but loopback needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="API keys, one a line. The variable FREEHOLD_API_KEY has one more.", show_default=False),
+    ] = None,
+    profile: Annotated[
+        Profile, typer.Option(help="Chat template: auto is the checkpoint's own, the others are built in.")
+    ] = Profile.AUTO,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Context length in tokens.", min=2, show_default="the model's")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens computed in one step.", min=1)] = 2048,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; one more is refused (429).", min=0)] = 256,
+    cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
+    threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)
+    ] = 30.0,
+    sim: Annotated[
+        bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")
+    ] = False,
+    sim_prefill_ms: Annotated[
+        float, typer.Option(help="--sim: milliseconds for each 1,000 prompt tokens.", min=0)
+    ] = 0.0,
+    sim_itl_ms: Annotated[float, typer.Option(help="--sim: milliseconds a step.", min=0)] = 0.0,
+    sim_drafts: Annotated[int, typer.Option(help="--sim: speculative tokens a step.", min=0, max=16)] = 0,
+    sim_fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="--sim: 'KIND [after=TOKENS] [seconds=S] [every=REQUESTS]'; KIND is error, crash, stall or slow.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve a checkpoint behind an OpenAI-compatible API."""
+    from freehold.serve import server
+    from freehold.serve.state import SamplingDefaults
+
+    if sim == (directory is not None):
+        raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
+    if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
+        raise InvalidRequest("--sim-… options need --sim")
+    if sim and (cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO):
+        raise InvalidRequest("--cache-bytes, --threads and --dtype are for a model; --sim has none")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keys = server.read_api_keys(api_key_file)
+    names = tuple(served_model_name or ())
+    limits: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_queue": max_queue,
+    }
+    if max_model_len is not None:
+        limits["max_model_len"] = max_model_len
+    if names:
+        limits["model_name"] = names[0]
+    sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
+    with sock:
+        if directory is None:
+            engine, tokenizer = _sim_engine(limits, sim_prefill_ms, sim_itl_ms, sim_drafts, sim_fault or [])
+            sampling = SamplingDefaults()
+        else:
+            settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
+            engine, tokenizer = _load(directory, limits | settings)
+            sampling = SamplingDefaults.from_dir(directory)
+        state = server.build_state(
+            engine,
+            tokenizer,
+            _template(directory, profile),
+            model_names=names,
+            sampling=sampling,
+            api_keys=keys,
+            loopback=loopback,
+        )
+        server.serve(state, sock, drain_timeout=drain_timeout)
+
+
+def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
+    from freehold.serve.template import ChatTemplate
+
+    if profile is not Profile.AUTO:
+        return ChatTemplate.builtin(profile.value)
+    return ChatTemplate.builtin() if directory is None else ChatTemplate.from_dir(directory)
+
+
+def _load(directory: Path, options: dict[str, Any]) -> tuple[Engine, Tokenizer]:
+    from freehold.cli.progress import byte_progress
+    from freehold.engine.loading import EngineOptions, build_engine  # imports torch
+
+    with byte_progress(f"loading {directory.name}") as progress:
+        return build_engine(directory, EngineOptions(**options), progress)
+
+
+def _sim_engine(
+    limits: dict[str, Any], prefill_ms: float, itl_ms: float, drafts: int, faults: list[str]
+) -> tuple[Engine, Tokenizer]:
+    from freehold.engine.sim import SimConfig, build_sim_engine
+
+    config = SimConfig(
+        seconds_per_step=itl_ms / 1000,
+        seconds_per_prefill_token=prefill_ms / 1e6,
+        num_draft_tokens=drafts,
+        faults=tuple(parse_fault(text) for text in faults),
+    )
+    return build_sim_engine(config, **limits)
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """`4GiB`, `500MB`, `1.5TiB`, or a number of bytes. Raises InvalidRequest."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise InvalidRequest(f"--cache-bytes {text!r}: give bytes, such as 4GiB or 500MB", param="cache_bytes")
+    return int(float(match[1]) * unit)
+
+
+def parse_fault(text: str) -> Fault:
+    """`error after=3 every=10`, as `--sim-fault` takes it. Raises InvalidRequest."""
+    from freehold.engine.sim import Fault
+
+    kind, *options = text.split() or [""]
+    values: dict[str, float] = {}
+    try:
+        for option in options:
+            name, _, value = option.partition("=")
+            values[name] = float(value) if name == "seconds" else int(value)
+        known = kind in ("error", "crash", "stall", "slow") and values.keys() <= {"after", "seconds", "every"}
+        in_range = values.get("every", 1) >= 1 and all(0 <= value < math.inf for value in values.values())
+    except ValueError:
+        known = in_range = False
+    if not (known and in_range):
+        raise InvalidRequest(
+            f"--sim-fault {text!r}: must be error, crash, stall or slow, with after=, seconds= or every= a number",
+            param="sim_fault",
+        )
+    return Fault(kind, **values)  # type: ignore[arg-type]
