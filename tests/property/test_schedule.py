@@ -10,19 +10,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from freehold.engine.block_manager import BlockManager, BlockTable, root_digest
+from freehold.engine.block_manager import BlockManager
 from freehold.engine.request import Request
 from freehold.engine.scheduler import Scheduler, SchedulerConfig
 from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
 from freehold.errors import EngineError
 from freehold.types import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
+from tests.faults.block_managers import (
+    ForgetsTheParent,
+    ForgetsTheSalt,
+    FreesSharedBlocks,
+    KeepsEvictedDigests,
+    LeaksSharedBlocks,
+    ReusesTheLastToken,
+    SharesPartialBlocks,
+    SharesRejectedDrafts,
+)
 
 EOS = 0
 VOCABULARY = 24  # small, so that EOS comes up now and then
@@ -186,108 +196,116 @@ plans = st.builds(
 SEARCH = settings(max_examples=2000, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 
 
-@dataclass
-class Seen:
-    """What came out for each request."""
+class Play:
+    """Plays a plan with the real scheduler; remembers what was asked and what came out."""
 
-    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    reasons: dict[str, FinishReason] = field(default_factory=dict)
-    prompt_logprobs: dict[str, tuple[TokenLogprobs | None, ...]] = field(default_factory=dict)
+    def __init__(self, plan: Plan, manager: type[BlockManager], *, checked: bool) -> None:
+        self.plan = plan
+        self.checked = checked
+        self.blocks = manager(plan.num_blocks, plan.block_size)
+        config = SchedulerConfig(
+            max_model_len=10**6,
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.budget,
+            eos_token_ids=(EOS,),
+            num_draft_tokens=plan.num_draft_tokens,
+        )
+        self.scheduler = Scheduler(config, self.blocks)
+        self.salts: dict[str, str | None] = {}
+        self.runner = HashRunner(plan, self.salts)
+        self.asked: dict[str, Arrival] = {}
+        self.tokens: dict[str, tuple[int, ...]] = {}
+        self.reasons: dict[str, FinishReason] = {}
+        self.prompt_logprobs: dict[str, tuple[TokenLogprobs | None, ...]] = {}
+        self.queue = [
+            arrival
+            for arrival in plan.arrivals
+            if self.blocks.blocks_for(len(arrival.prompt) + arrival.max_tokens) <= plan.num_blocks
+        ]
+
+    def event(self, event: str, which: int) -> None:
+        match event:
+            case "arrive":
+                self.arrive()
+            case "step":
+                self.step()
+            case "abort":
+                chunk = self.scheduler.abort(f"r{which}")
+                if chunk is not None:
+                    self.take(chunk)
+            case "preempt":
+                self.scheduler.preempt_youngest()
+            case "evict":
+                self.blocks.evict(which)
+        if self.checked:
+            self.scheduler.check_integrity()
+
+    def arrive(self) -> None:
+        if self.queue:
+            name, arrival = f"r{len(self.asked)}", self.queue.pop(0)
+            self.asked[name] = arrival
+            self.salts[name] = arrival.salt
+            params = SamplingParams(max_tokens=arrival.max_tokens, prompt_logprobs=arrival.prompt_logprobs)
+            self.scheduler.add(Request(name, arrival.prompt, params, cache_salt=arrival.salt))
+
+    def step(self) -> None:
+        planned = self.scheduler.schedule()
+        if planned is not None:
+            assert planned.num_tokens <= self.plan.budget
+            for chunk in self.scheduler.update(planned, self.runner.execute(planned)):
+                self.take(chunk)
 
     def take(self, chunk: TokenChunk) -> None:
-        assert chunk.request_id not in self.reasons, "a chunk after the last one"
-        self.tokens[chunk.request_id] = self.tokens.get(chunk.request_id, ()) + chunk.token_ids
-        assert chunk.usage.completion_tokens == len(self.tokens[chunk.request_id])
+        name = chunk.request_id
+        assert name not in self.reasons, "a chunk after the last one"
+        self.tokens[name] = self.tokens.get(name, ()) + chunk.token_ids
+        assert chunk.usage.completion_tokens == len(self.tokens[name])
         if chunk.prompt_logprobs is not None:
-            assert chunk.request_id not in self.prompt_logprobs, "prompt_logprobs come once"
-            self.prompt_logprobs[chunk.request_id] = chunk.prompt_logprobs
+            assert name not in self.prompt_logprobs, "prompt_logprobs come once"
+            self.prompt_logprobs[name] = chunk.prompt_logprobs
         if chunk.finish_reason is not None:
-            self.reasons[chunk.request_id] = chunk.finish_reason
+            self.reasons[name] = chunk.finish_reason
+
+    def finish(self) -> None:
+        while self.queue:
+            self.arrive()
+        for _ in range(10_000):
+            if not self.scheduler.has_work:
+                return
+            self.event("step", 0)
+        raise AssertionError("the schedule does not end")
+
+    def compare(self) -> None:
+        """Nothing leaked, and every request generated what it generates alone."""
+        assert self.blocks.num_free == self.plan.num_blocks, "blocks leaked"
+        assert set(self.runner.known) == set(self.scheduler.take_finished()), "the runner was not told of every end"
+        for name, arrival in self.asked.items():
+            alone = one_at_a_time(arrival.prompt, arrival.salt, arrival.max_tokens)
+            tokens, reason = self.tokens[name], self.reasons[name]
+            if reason is FinishReason.ABORT:
+                assert alone[: len(tokens)] == tokens
+                continue
+            assert alone == tokens
+            assert reason is (FinishReason.STOP if alone[-1:] == (EOS,) else FinishReason.LENGTH)
+            if arrival.prompt_logprobs is not None:
+                followers = arrival.prompt[1:]
+                assert self.prompt_logprobs[name] == (None, *(scored(t, at) for at, t in enumerate(followers)))
 
 
 def run(plan: Plan, manager: type[BlockManager] = BlockManager, *, checked: bool = True) -> Scheduler:
-    """Play a plan, checking after every event; then let everything end and compare with one at a time.
+    """Play a plan, let everything end, and compare with one at a time.
 
     checked=False leaves the integrity checks out, to see what the tokens alone show.
     """
-    blocks = manager(plan.num_blocks, plan.block_size)
-    config = SchedulerConfig(
-        max_model_len=10**6,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.budget,
-        eos_token_ids=(EOS,),
-        num_draft_tokens=plan.num_draft_tokens,
-    )
-    scheduler = Scheduler(config, blocks)
-    asked: dict[str, Arrival] = {}
-    salts: dict[str, str | None] = {}
-    runner = HashRunner(plan, salts)
-    seen = Seen()
-    queue = [
-        arrival
-        for arrival in plan.arrivals
-        if blocks.blocks_for(len(arrival.prompt) + arrival.max_tokens) <= plan.num_blocks
-    ]
-
-    def arrive() -> None:
-        if queue:
-            name = f"r{len(asked)}"
-            asked[name] = arrival = queue.pop(0)
-            salts[name] = arrival.salt
-            params = SamplingParams(max_tokens=arrival.max_tokens, prompt_logprobs=arrival.prompt_logprobs)
-            scheduler.add(Request(name, arrival.prompt, params, cache_salt=arrival.salt))
-
-    def step() -> None:
-        planned = scheduler.schedule()
-        if planned is not None:
-            assert planned.num_tokens <= plan.budget
-            for chunk in scheduler.update(planned, runner.execute(planned)):
-                seen.take(chunk)
-
-    def abort(which: int) -> None:
-        chunk = scheduler.abort(f"r{which}")
-        if chunk is not None:
-            seen.take(chunk)
-
+    play = Play(plan, manager, checked=checked)
     for event, which in plan.events:
-        if event == "arrive":
-            arrive()
-        elif event == "step":
-            step()
-        elif event == "abort":
-            abort(which)
-        elif event == "preempt":
-            scheduler.preempt_youngest()
-        else:
-            blocks.evict(which)
-        if checked:
-            scheduler.check_integrity()
-    while queue:
-        arrive()
-    for _ in range(10_000):
-        if not scheduler.has_work:
-            break
-        step()
-        if checked:
-            scheduler.check_integrity()
-
-    assert not scheduler.has_work, "the schedule does not end"
-    assert blocks.num_free == plan.num_blocks, "blocks leaked"
-    for name, arrival in asked.items():
-        alone = one_at_a_time(arrival.prompt, arrival.salt, arrival.max_tokens)
-        if seen.reasons[name] is FinishReason.ABORT:
-            assert alone[: len(seen.tokens[name])] == seen.tokens[name]
-        else:
-            assert alone == seen.tokens[name]
-            assert seen.reasons[name] is (FinishReason.STOP if alone[-1:] == (EOS,) else FinishReason.LENGTH)
-            if arrival.prompt_logprobs is not None:
-                followers = arrival.prompt[1:]
-                assert seen.prompt_logprobs[name] == (None, *(scored(t, at) for at, t in enumerate(followers)))
-    assert set(runner.known) == set(scheduler.take_finished()), "the runner was not told of every end"
-    return scheduler
+        play.event(event, which)
+    play.finish()
+    play.compare()
+    return play.scheduler
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(1000, 5 * settings().max_examples), suppress_health_check=list(HealthCheck))
 @given(plans)
 def test_a_schedule_changes_nothing(plan: Plan) -> None:
     run(plan)
@@ -319,80 +337,6 @@ def test_the_schedules_reach_what_they_are_meant_to_reach(what: str) -> None:
 
 
 # ── the property can fail ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ForgetsTheSalt(BlockManager):
-    """Tenants share blocks."""
-
-    def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> list[int]:
-        table.root = root_digest(None)
-        return super().find_prefix(table, token_ids)
-
-
-class ForgetsTheParent(BlockManager):
-    """A block is found wherever its own tokens occur, whatever came before them."""
-
-    def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> list[int]:
-        self._unchain(table, token_ids)
-        return super().find_prefix(table, token_ids)
-
-    def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        self._unchain(table, token_ids)
-        super().publish(table, token_ids, num_computed)
-
-    def _unchain(self, table: BlockTable, token_ids: Sequence[int]) -> None:
-        size = self.block_size
-        table.digests = [
-            BlockTable(None).digest(0, token_ids[at : at + size], size)
-            for at in range(0, len(token_ids) // size * size, size)
-        ]
-
-
-class SharesPartialBlocks(BlockManager):
-    """Publishes a block as soon as its first token is computed."""
-
-    def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        size = self.block_size
-        super().publish(table, token_ids, min(-(-num_computed // size) * size, len(token_ids) // size * size))
-
-
-class SharesRejectedDrafts(BlockManager):
-    """Publishes every block of the table, also where only drafts were written."""
-
-    def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        padded = [*token_ids, *[1] * self.block_size]
-        super().publish(table, padded, len(table.blocks) * self.block_size)
-
-
-class ReusesTheLastToken(BlockManager):
-    """Takes the whole prompt from the cache, so that nothing is left to compute the logits of."""
-
-    def find_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> list[int]:
-        return super().find_prefix(table, [*token_ids, 1])
-
-
-class KeepsEvictedDigests(BlockManager):
-    """Evicts a block but leaves it in the prefix cache."""
-
-    def _evict_one(self) -> int:
-        block, _ = self._evictable.popitem(last=False)
-        return block
-
-
-class LeaksSharedBlocks(BlockManager):
-    """Forgets to count one of the two who gave a shared block back."""
-
-    def _release(self, block: int) -> None:
-        if self._references[block] != 2:
-            super()._release(block)
-
-
-class FreesSharedBlocks(BlockManager):
-    """Frees a block with its first holder, though another still reads it."""
-
-    def _release(self, block: int) -> None:
-        self._references[block] = 1
-        super()._release(block)
 
 
 FAULTS = [

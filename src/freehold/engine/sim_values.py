@@ -129,15 +129,21 @@ class ValueMaker:
         wanted = max(schema.get("minItems", 0), len(first), 1 if depth < _CHOICE_DEPTH else 0)
         count = min(wanted, schema.get("maxItems", wanted))
         items: list[Any] = []
-        for index in range(count):
-            self.variant += index  # so that items differ
-            items.append(self.make(first[index] if index < len(first) else schema.get("items", True), name, depth + 1))
-            self.variant -= index
+        variant = self.variant
+        tries = 0
+        while len(items) < count:
+            of = first[len(items)] if len(items) < len(first) else schema.get("items", True)
+            item = self.make(of, name, depth + 1)
+            tries += 1
+            self.variant += 1  # so that items differ
+            if not (schema.get("uniqueItems") and item in items and tries < 100):
+                items.append(item)
+        self.variant = variant
         return items
 
     def _number(self, schema: dict[str, Any], *, integer: bool) -> int | float:
         fitting = [n for n in self._numbers if not integer or isinstance(n, int)]
-        value = fitting[self.variant % len(fitting)] if fitting else 1 + self.variant
+        value = fitting[self.variant] if self.variant < len(fitting) else 1 + self.variant
         low = schema.get("minimum", -math.inf)
         high = schema.get("maximum", math.inf)
         step = schema.get("multipleOf", 1 if integer else None)

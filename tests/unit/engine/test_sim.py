@@ -38,7 +38,7 @@ def prompt(*turns: str, think: bool = False, effort: str = "Max", tools: tuple[d
     text = "[gMASK]<sop>" + (f"<|system|>Reasoning Effort: {effort}" if think else "")
     if tools:
         listed = "\n".join(json.dumps(tool) for tool in tools)
-        text += f"<|system|>\n# Tools\n\nsignatures within <tools></tools> XML tags:\n<tools>\n{listed}\n</tools>\n\nFor each"
+        text += f"<|system|>\n# Tools\n\nwithin <tools></tools> XML tags:\n<tools>\n{listed}\n</tools>\n\nFor each"
     for turn in turns:
         role, _, content = turn.partition(": ")
         text += f"<|{role}|>{content}"
@@ -294,11 +294,11 @@ def test_neither_batch_nor_cache_nor_preemption_changes_the_text() -> None:
     )
     for n, text in enumerate(texts):
         engine.add(Request(str(n), tokenizer.encode(text), SamplingParams(max_tokens=400, temperature=0.0)))
-    together = [""] * 4
+    together: list[list[int]] = [[], [], [], []]
     while engine.has_work:
         for chunk in engine.step():
-            together[int(chunk.request_id)] += tokenizer.decode(chunk.token_ids)
-    assert together == alone
+            together[int(chunk.request_id)] += chunk.token_ids
+    assert [tokenizer.decode(ids) for ids in together] == alone
     assert engine.stats().preemptions > 0
 
 
