@@ -83,7 +83,9 @@ class Engine:
             ),
             BlockManager(config.num_blocks, config.block_size, config.enable_prefix_cache),
         )
-        self.metrics = EngineMetrics(config.model_name, self.stats)
+        # "gpu" because that is what the label is called elsewhere; here it is whatever memory the runner uses.
+        cache = {"block_size": config.block_size, "num_gpu_blocks": config.num_blocks}
+        self.metrics = EngineMetrics(config.model_name, self.stats, cache)
         self._pending: list[TokenChunk] = []  # aborts, handed out by the next step
         self._closed = False
 
@@ -150,6 +152,7 @@ class Engine:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,
+            draft_rounds=counters.draft_rounds,
             draft_proposed=counters.draft_proposed,
             draft_accepted=counters.draft_accepted,
             prompt_tokens=metrics.prompt_tokens,

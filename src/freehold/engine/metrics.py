@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -42,8 +42,9 @@ STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 class EngineStats:
     """The state and the totals of an engine, at one moment.
 
-    waiting counts requests that hold no blocks (queued or preempted). kv_usage: fraction of the cache's blocks held.
-    prefix_*: prompt tokens looked up, and found, in the prefix cache. finished: requests by reason.
+    waiting: requests that hold no blocks (queued or preempted). kv_usage: fraction of the cache's blocks held.
+    prefix_*: prompt tokens looked up, and found, in the prefix cache. draft_rounds: how often a step verified drafts of
+    a request. finished: requests by reason.
     """
 
     running: int = 0
@@ -52,16 +53,22 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    draft_rounds: int = 0
     draft_proposed: int = 0
     draft_accepted: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    finished: Mapping[FinishReason, int] | None = None
+    finished: Mapping[FinishReason, int] = field(default_factory=dict)
 
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted drafts over proposed ones; None before any was proposed."""
         return self.draft_accepted / self.draft_proposed if self.draft_proposed else None
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens per step that verified drafts, 1 to k+1; None before the first."""
+        return 1 + self.draft_accepted / self.draft_rounds if self.draft_rounds else None
 
 
 class Histogram:
@@ -92,7 +99,10 @@ class Histogram:
 class EngineMetrics(Collector):
     """The metrics of one engine, in a registry of their own. `registry` is what `/metrics` exposes."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, model_name: str, stats: Callable[[], EngineStats], cache: Mapping[str, int] | None = None
+    ) -> None:
+        """cache: its `block_size` and `num_gpu_blocks`, exported as labels, for routers that match prefixes."""
         self.model_name = model_name
         self.registry = CollectorRegistry()
         self.finished = dict.fromkeys(FinishReason, 0)
@@ -100,6 +110,7 @@ class EngineMetrics(Collector):
         self.generation_tokens = 0
         self.steps = 0
         self._stats = stats
+        self._cache = {key: str(value) for key, value in (cache or {}).items()}
         self._clocks: dict[str, StreamClock] = {}
         self._ttft = Histogram(TTFT_BUCKETS)
         self._itl = Histogram(ITL_BUCKETS)
@@ -170,6 +181,12 @@ class EngineMetrics(Collector):
                 gauge.add_metric([self.model_name], value)
                 yield gauge
 
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "Facts about the cache.", labels=["model_name", *self._cache]
+        )
+        info.add_metric([self.model_name, *self._cache.values()], 1)
+        yield info
+
     def _counters(self, stats: EngineStats) -> Iterator[Metric]:
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens of requests that produced something.", stats.prompt_tokens),
@@ -177,6 +194,7 @@ class EngineMetrics(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
             ("num_preemptions", "Times a request lost its blocks and had to be recomputed.", stats.preemptions),
+            ("spec_decode_num_drafts", "Times that a step verified drafts of a request.", stats.draft_rounds),
             ("spec_decode_num_draft_tokens", "Draft tokens proposed.", stats.draft_proposed),
             ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.draft_accepted),
         ):
@@ -193,7 +211,7 @@ class EngineMetrics(Collector):
         text = "Requests that ended, by reason (abort and error included)."
         for full in ("freehold_requests_finished", "vllm:request_success"):
             counter = CounterMetricFamily(full, text, labels=["model_name", "finished_reason"])
-            for reason, count in (stats.finished or {}).items():
+            for reason, count in stats.finished.items():
                 counter.add_metric([self.model_name, reason.value], count)
             yield counter
 

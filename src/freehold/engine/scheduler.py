@@ -57,6 +57,7 @@ class SchedulerCounters:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    draft_rounds: int = 0
     draft_proposed: int = 0
     draft_accepted: int = 0
 
@@ -310,6 +311,7 @@ class Scheduler:
     def _count_drafts(self, request: Request, proposed: int, accepted: int) -> None:
         request.draft_proposed += proposed
         request.draft_accepted += accepted
+        self.counters.draft_rounds += 1
         self.counters.draft_proposed += proposed
         self.counters.draft_accepted += accepted
 

@@ -192,7 +192,7 @@ class SimRunner:
 
     def _draft(self, seq: ScheduledSeq, generation: _Generation, index: int) -> tuple[int, int]:
         """(proposed, accepted) drafts. A step that computes a prompt has none: drafts come from the step before."""
-        if len(seq.token_ids) > 1:
+        if index == 0 or len(seq.token_ids) > 1:
             return 0, 0
         room = len(seq.block_ids) * self._block_size - seq.start - 1
         proposed = min(self.config.num_draft_tokens, room)

@@ -169,7 +169,7 @@ async def test_closing_a_stream_aborts(running: tuple[AsyncEngine, Gate], read: 
         await anext(stream)
     await stream.aclose()
     assert await collect(stream) == []
-    await until(lambda: (engine.stats().finished or {})[FinishReason.ABORT] == 1)
+    await until(lambda: engine.stats().finished[FinishReason.ABORT] == 1)
     assert empty(engine)
 
 

@@ -131,13 +131,13 @@ def test_stats() -> None:
     assert (stats.running, stats.waiting) == (1, 1)
     assert stats.kv_usage == 3 / 16
     assert stats.acceptance_rate is None
+    assert stats.acceptance_length is None
     while engine.has_work:
         engine.step()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
     assert (stats.prompt_tokens, stats.generation_tokens) == (18, 4)
     assert (stats.prefix_hits, stats.prefix_queries) == (8, 18)
-    assert stats.finished is not None
     assert stats.finished[FinishReason.LENGTH] == 2
 
 

@@ -21,7 +21,8 @@ def scrape(metrics: EngineMetrics) -> dict[str, float]:
 
 
 def test_names_that_gateways_scrape() -> None:
-    names = set(scrape(EngineMetrics("m", lambda: EngineStats(finished=dict.fromkeys(FinishReason, 0)))))
+    stats = EngineStats(finished=dict.fromkeys(FinishReason, 0))
+    names = set(scrape(EngineMetrics("m", lambda: stats, {"block_size": 16, "num_gpu_blocks": 100})))
     expected = {
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
@@ -31,6 +32,7 @@ def test_names_that_gateways_scrape() -> None:
         "vllm:prefix_cache_queries_total",
         "vllm:prefix_cache_hits_total",
         "vllm:num_preemptions_total",
+        "vllm:spec_decode_num_drafts_total",
         "vllm:spec_decode_num_draft_tokens_total",
         "vllm:spec_decode_num_accepted_tokens_total",
         "vllm:request_success_total/stop",
@@ -41,6 +43,7 @@ def test_names_that_gateways_scrape() -> None:
         "vllm:inter_token_latency_seconds_count",
         "vllm:e2e_request_latency_seconds_count",
         "vllm:e2e_request_latency_seconds_bucket/+Inf",
+        "vllm:cache_config_info/16/100",
         "freehold_num_requests_running",
         "freehold_kv_cache_usage_ratio",
         "freehold_time_to_first_token_seconds_count",

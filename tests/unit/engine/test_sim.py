@@ -244,6 +244,11 @@ def test_speculation_changes_chunks_but_not_tokens(drafts: int) -> None:
     assert (usage.draft_proposed > usage.draft_accepted > 0) is (drafts > 0)
 
 
+def test_the_first_token_has_no_drafts_even_after_a_prompt_of_one_token() -> None:
+    said = say("a", SimConfig(num_draft_tokens=3, acceptance_rate=1.0))
+    assert [len(chunk.token_ids) for chunk in said.chunks[:2]] == [1, 4]
+
+
 @pytest.mark.parametrize(("rate", "size"), [(0.0, 1), (1.0, 4)])
 def test_acceptance_rate(rate: float, size: int) -> None:
     said = say(prompt("user: Hello there", think=True), SimConfig(num_draft_tokens=3, acceptance_rate=rate))
