@@ -85,7 +85,7 @@ def test_layers_have_the_published_number_of_tensors(glm52: dict[str, TensorSpec
     full = (6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62, 66, 70, 74)
     assert per_layer == {
         None: 3,
-        **{layer: 17 for layer in (0, 1, 2)},
+        **dict.fromkeys((0, 1, 2), 17),
         **{layer: 787 if layer in full else 782 for layer in range(3, 78)},
         78: 791,
     }
