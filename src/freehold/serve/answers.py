@@ -17,21 +17,21 @@ from freehold.serve.turn import (
     ToolCallStart,
     TurnFinished,
 )
-from freehold.types import TokenLogprobs, Usage
+from freehold.types import Usage
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One continued text. finish_reason: "stop", "length", "abort", or "error" (then `error` says what, and the text
-    is empty). tokens and prompt_tokens: only when logprobs and prompt_logprobs were asked for; the first prompt token
-    has none."""
+    is empty). scored and prompt_scored: the tokens, only when logprobs and prompt_logprobs were asked for; the first
+    prompt token has none."""
 
     text: str
     finish_reason: str
     usage: Usage
     stop_sequence: str | None = None
-    tokens: tuple[TextToken, ...] = ()
-    prompt_tokens: tuple[TextToken | None, ...] | None = None
+    scored: tuple[TextToken, ...] = ()
+    prompt_scored: tuple[TextToken | None, ...] | None = None
     error: FreeholdError | None = None
 
     @classmethod
@@ -53,7 +53,7 @@ class ChatResult:
     """One answer. finish_reason: as of a completion, or "tool_calls".
 
     warnings: what was mapped to something else, such as an effort that the model's template does not know.
-    tokens and reasoning_tokens_scored: only when logprobs were asked for. prompt_logprobs: only when asked for.
+    content_scored and reasoning_scored: only when logprobs were asked for. prompt_scored: only with prompt_logprobs.
     """
 
     content: str
@@ -63,9 +63,9 @@ class ChatResult:
     usage: Usage
     reasoning_tokens: int = 0
     stop_sequence: str | None = None
-    tokens: tuple[TextToken, ...] = ()
-    reasoning_tokens_scored: tuple[TextToken, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    content_scored: tuple[TextToken, ...] = ()
+    reasoning_scored: tuple[TextToken, ...] = ()
+    prompt_scored: tuple[TextToken | None, ...] | None = None
     warnings: tuple[str, ...] = ()
     error: FreeholdError | None = None
 
@@ -122,7 +122,7 @@ class ChatWriter:
         self._tokens: list[TextToken] = []
         self._reasoning_tokens: list[TextToken] = []
         self._calls: list[tuple[ToolCallStart, list[str]]] = []
-        self._prompt: tuple[TokenLogprobs | None, ...] | None = None
+        self._prompt: tuple[TextToken | None, ...] | None = None
         self._finished: TurnFinished | None = None
 
     def add(self, event: Event) -> None:
@@ -138,7 +138,7 @@ class ChatWriter:
             case ToolCallArguments():
                 self._calls[event.index][1].append(event.fragment)
             case PromptScored():
-                self._prompt = event.logprobs
+                self._prompt = event.tokens
             case TurnFinished():
                 self._finished = event
 
@@ -152,9 +152,9 @@ class ChatWriter:
             usage=end.usage,
             reasoning_tokens=end.reasoning_tokens,
             stop_sequence=end.stop_sequence,
-            tokens=tuple(self._tokens),
-            reasoning_tokens_scored=tuple(self._reasoning_tokens),
-            prompt_logprobs=self._prompt,
+            content_scored=tuple(self._tokens),
+            reasoning_scored=tuple(self._reasoning_tokens),
+            prompt_scored=self._prompt,
             warnings=self._warnings,
         )
 
