@@ -73,7 +73,8 @@ class RequestState:
         self.num_output = 0
         self._vocab_size = vocab_size
         self._guide = guide
-        self._random = shared if params.seed is None else random.Random(params.seed)
+        # As text: of a negative number Random would take the absolute value.
+        self._random = shared if params.seed is None else random.Random(str(params.seed))
         self._banned_early = self._ids({*end_token_ids, *params.stop_token_ids})  # ignore_eos or not, as vLLM
         biased = {token: bias for token, bias in params.logit_bias.items() if 0 <= token < vocab_size}
         self._bias_ids = np.fromiter(biased, dtype=np.int64, count=len(biased))
