@@ -216,5 +216,5 @@ class _PieceReader:
                 return "abort"
 
     def _is_shown(self, token_id: int) -> bool:
-        """Whether the token that ended the output is part of its text: like a stop string, but never a control token."""
+        """Whether the token that ended the output is part of its text: as a stop string is; no control token is."""
         return self._include_stop and not self._tokenizer.is_special(token_id)
