@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -20,6 +21,7 @@ from freehold.serve.turn import ContentDelta, Event, ReasoningDelta, ToolCallArg
 from freehold.types import FinishReason, TokenChunk, ToolSpec, Usage
 
 TOY = Tokenizer.toy(512)
+MANY = settings(max_examples=max(300, settings().max_examples))  # the nightly profile has more
 ANYTHING = {"type": ["object", "array", "number", "boolean", "null"]}
 SCHEMA = {
     "type": "object",
@@ -28,8 +30,11 @@ SCHEMA = {
 TOOLS = (ToolSpec("f", SCHEMA), ToolSpec("find", {}))
 
 # Turns that are well formed, nearly so, and not at all.
-words = st.sampled_from(["f", "find", "fin", "g", "s", "n", "j", "i", "null", "nul", "12", '{"a": [1]}', " ", "\n", "京", "<", "</", "é\\\""])
-turns = st.lists(st.one_of(words, st.sampled_from(TAGS), st.sampled_from(["<tool_call>f<arg_key>s</arg_key><arg_value>", "</arg_value></tool_call>"])), max_size=14).map("".join)  # fmt: skip
+words = st.sampled_from(
+    ["f", "find", "fin", "g", "s", "n", "j", "i", "null", "nul", "12", '{"a": [1]}', " ", "\n", "京", "<", "</", 'é\\"']
+)
+runs = st.sampled_from(["<tool_call>f<arg_key>s</arg_key><arg_value>", "</arg_value></tool_call>"])
+turns = st.lists(st.one_of(words, st.sampled_from(TAGS), runs), max_size=14).map("".join)
 
 
 def summary(events: Iterable[Event]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -55,10 +60,10 @@ def parse_text(pieces: Iterable[str], thinking: bool, cut: bool) -> tuple[str, s
 
 def cuts(text: str, at: list[int]) -> list[str]:
     borders = sorted({0, len(text), *(i % (len(text) + 1) for i in at)})
-    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(borders)]
 
 
-@settings(max_examples=600, deadline=None)
+@MANY
 @given(turns, st.booleans(), st.booleans(), st.lists(st.integers(0, 999), max_size=8))
 @example("<tool_call>xy<arg_key>", False, False, [11, 14])
 @example("<tool_call>f<arg_key>n</arg_key><arg_value>nu</arg_value>", False, True, [50])
@@ -71,9 +76,16 @@ def test_splitting_text_anywhere_changes_nothing(turn: str, thinking: bool, cut:
         assert isinstance(json.loads(arguments), dict)
 
 
-@settings(max_examples=300, deadline=None)
-@given(turns, st.booleans(), st.lists(st.integers(0, 999), max_size=8), st.sampled_from([(), ("京",), ("</tool_call>\n", "l1"), ("f</",)]))
-def test_grouping_tokens_anyhow_changes_nothing(turn: str, thinking: bool, at: list[int], stop: tuple[str, ...]) -> None:
+@MANY
+@given(
+    turns,
+    st.booleans(),
+    st.lists(st.integers(0, 999), max_size=8),
+    st.sampled_from([(), ("京",), ("</tool_call>\n", "l1"), ("f</",)]),
+)
+def test_grouping_tokens_anyhow_changes_nothing(
+    turn: str, thinking: bool, at: list[int], stop: tuple[str, ...]
+) -> None:
     """One token a step, or several as with speculation."""
     ids = TOY.encode(turn)
 
@@ -89,11 +101,11 @@ def test_grouping_tokens_anyhow_changes_nothing(turn: str, thinking: bool, at: l
         return summary(events), events[-1]
 
     borders = sorted({0, len(ids), *(i % (len(ids) + 1) for i in at)})
-    groups = [ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    groups = [ids[a:b] for a, b in pairwise(borders)]
     assert run([[i] for i in ids]) == run([ids]) == run(groups)
 
 
-@settings(max_examples=300, deadline=None)
+@MANY
 @given(turns, st.booleans(), st.booleans())
 def test_no_part_of_a_tag_comes_out(turn: str, thinking: bool, cut: bool) -> None:
     """Whatever is given out at any time is never taken back: it is the beginning of what the whole turn gives."""
@@ -116,13 +128,19 @@ json_values = st.recursive(
     max_leaves=6,
 )
 arguments = st.fixed_dictionaries(
-    {}, optional={"s": texts, "n": st.none() | texts.filter(lambda text: text != "null"), "j": json_values, "i": st.integers()}
+    {},
+    optional={
+        "s": texts,
+        "n": st.none() | texts.filter(lambda text: text != "null"),
+        "j": json_values,
+        "i": st.integers(),
+    },
 )
 calls = st.lists(st.tuples(st.just("f"), arguments) | st.just(("find", {})), max_size=3)
 OPENAI_TOOLS = [{"type": "function", "function": {"name": t.name, "parameters": dict(t.schema)}} for t in TOOLS]
 
 
-@settings(max_examples=400, deadline=None)
+@MANY
 @given(texts, prose, calls)
 @example("<tool_call>", "</think>", [("f", {"s": "</arg_value></tool_call>", "j": {"<arg_key>": "<|user|>"}})])
 def test_a_rendered_turn_parses_back(reasoning: str, content: str, made: list[tuple[str, dict[str, Any]]]) -> None:
@@ -151,9 +169,7 @@ def test_merging_events_changes_nothing(turn: str, thinking: bool) -> None:
     events = [event for char in turn for event in parser.feed(char)]
     merged = merge(events)
     assert summary(merged) == summary(events)
-    assert all(
-        type(a) is not type(b) or isinstance(a, ToolCallStart) for a, b in zip(merged, merged[1:], strict=False)
-    )
+    assert all(type(a) is not type(b) or isinstance(a, ToolCallStart) for a, b in pairwise(merged))
 
 
 def test_the_tags_are_what_these_tests_think_they_are() -> None:

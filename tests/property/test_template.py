@@ -15,6 +15,7 @@ from freehold.serve.jinja_template import JinjaTemplate
 from freehold.serve.template import ChatTemplate
 
 TOY = Tokenizer.toy(512)
+MANY = settings(max_examples=max(300, settings().max_examples))  # the nightly profile has more
 GOLDEN = Path(__file__).parents[1] / "golden" / "templates"
 PROFILES = {"glm-5.2": "glm_5_2.jinja", "glm-5.3": "glm_5_3.jinja"}
 
@@ -27,51 +28,66 @@ def _file(name: str) -> ChatTemplate:
 RENDERERS = {profile: (ChatTemplate.builtin(profile), _file(name)) for profile, name in PROFILES.items()}
 
 plain = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-pieces = st.sampled_from([*GLM_SPECIAL_TOKENS, "<", "<|", "user|>", " ", "\n", "a", "京", "{{ x }}", "\U000f0000", "\U000f0003", "\\n", '"'])
+pieces = st.sampled_from(
+    [*GLM_SPECIAL_TOKENS, "<", "<|", "user|>", " ", "\n", "a", "京", "{{ x }}", "\U000f0000", "\U000f0003", "\\n", '"']
+)
 texts = st.one_of(plain, st.lists(pieces, max_size=6).map("".join))
 values = st.recursive(
     texts | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2),
     max_leaves=4,
 )
-contents = st.one_of(texts, st.none(), st.lists(st.builds(lambda text: {"type": "text", "text": text}, texts), max_size=3))
+parts = st.builds(lambda text: {"type": "text", "text": text}, texts)
+contents = st.one_of(texts, st.none(), st.lists(parts, max_size=3))
 ids = st.sampled_from(["a", "b", "c", "", None])
-calls = st.lists(
-    st.builds(
-        lambda id_, name, args: {"id": id_, "type": "function", "function": {"name": name, "arguments": json.dumps(args)}},
-        ids, texts.filter(bool), st.dictionaries(texts, values, max_size=3),
-    ),
-    max_size=3,
-)  # fmt: skip
+
+
+def _call(id_: str | None, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+def _tools(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": f"f{i}", **tool}} for i, tool in enumerate(functions)]
+
+
+calls = st.lists(st.builds(_call, ids, texts.filter(bool), st.dictionaries(texts, values, max_size=3)), max_size=3)
 messages = st.lists(
     st.one_of(
-        st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["system", "developer", "user"]), contents),
-        st.builds(
-            lambda content, reasoning, made: {
-                "role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": made,
-            },
-            contents, st.none() | texts, calls,
+        st.fixed_dictionaries({"role": st.sampled_from(["system", "developer", "user"]), "content": contents}),
+        st.fixed_dictionaries(
+            {
+                "role": st.just("assistant"),
+                "content": contents,
+                "reasoning_content": st.none() | texts,
+                "tool_calls": calls,
+            }
         ),
-        st.builds(lambda content, id_: {"role": "tool", "content": content, "tool_call_id": id_}, contents, ids),
+        st.fixed_dictionaries({"role": st.just("tool"), "content": contents, "tool_call_id": ids}),
         st.just({"role": "tool", "content": [{"type": "tool_reference", "name": "f0"}], "tool_call_id": "a"}),
     ),
-    min_size=1, max_size=7,
-)  # fmt: skip
+    min_size=1,
+    max_size=7,
+)
 tools = st.lists(
     st.fixed_dictionaries(
         {"parameters": st.just({"type": "object"})},
         optional={"description": texts, "strict": st.booleans(), "defer_loading": st.booleans()},
     ),
-    min_size=1, max_size=3,
-).map(lambda found: [{"type": "function", "function": {"name": f"f{i}", **tool}} for i, tool in enumerate(found)])  # fmt: skip
+    min_size=1,
+    max_size=3,
+).map(_tools)
 kwargs: dict[str, st.SearchStrategy[Any]] = {"clear_thinking": st.booleans(), "enable_thinking": st.booleans()}
 
 
-@settings(max_examples=300, deadline=None)
+@MANY
 @given(
-    st.sampled_from(sorted(PROFILES)), messages, tools, st.sampled_from([None, *EFFORTS[1:]]),
-    st.fixed_dictionaries({}, optional=kwargs), st.booleans(),
-)  # fmt: skip
+    st.sampled_from(sorted(PROFILES)),
+    messages,
+    tools,
+    st.sampled_from([None, *EFFORTS[1:]]),
+    st.fixed_dictionaries({}, optional=kwargs),
+    st.booleans(),
+)
 def test_both_renderers_agree(
     profile: str, conversation: list[Any], declared: list[Any], effort: str | None, given_kwargs: Any, generate: bool
 ) -> None:
@@ -86,16 +102,20 @@ def test_both_renderers_agree(
     assert one.encode(TOY) == other.encode(TOY)
 
 
-@settings(max_examples=300, deadline=None)
+@MANY
 @given(st.sampled_from(sorted(PROFILES)), st.sampled_from([0, 1]), messages, tools)
-def test_control_tokens_are_the_templates(profile: str, which: int, conversation: list[Any], declared: list[Any]) -> None:
+def test_control_tokens_are_the_templates(
+    profile: str, which: int, conversation: list[Any], declared: list[Any]
+) -> None:
     """The control tokens of a prompt are those of the same conversation with every text replaced by a letter."""
     template = RENDERERS[profile][which]
     rendered = template.render(conversation, declared)
     ids_ = rendered.encode(TOY)
     assert TOY.decode(ids_) == rendered.text
     controls = [TOY.decode([i]) for i in ids_ if TOY.is_special(i)]
-    assert controls == [segment.text for segment in template.render(harmless(conversation), declared).segments if segment.control]
+    assert controls == [
+        segment.text for segment in template.render(harmless(conversation), declared).segments if segment.control
+    ]
 
 
 def harmless(conversation: list[Any]) -> list[Any]:

@@ -60,7 +60,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> tuple[ToolSpec, ...]:
-    """Check OpenAI function tools; their names and argument schemas, in order. Raises InvalidRequest naming the place."""
+    """Check OpenAI function tools; their names and argument schemas. Raises InvalidRequest naming the place."""
     found: dict[str, ToolSpec] = {}
     for i, tool in enumerate(tools):
         where = f"tools[{i}]"

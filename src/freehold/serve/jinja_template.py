@@ -45,7 +45,7 @@ class JinjaTemplate:
         constants: Mapping[str, str] | None = None,
         control_tokens: Sequence[str] = GLM_SPECIAL_TOKENS,
     ) -> None:
-        """Compile. constants: variables with fixed values, like bos_token. Raises ConfigError with the line at fault."""
+        """Compile. constants: variables with fixed values, like bos_token. Raises ConfigError naming the line."""
         self._source, self._name, self._constants = source, name, dict(constants or {})
         environment = _environment()
         try:

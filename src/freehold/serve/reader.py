@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from freehold.errors import EngineError
+from freehold.errors import EngineError, FreeholdError
 from freehold.model.tokenizer import Tokenizer
 from freehold.serve.detokenize import Detokenizer, Piece, text_token
 from freehold.serve.parse import TAGS, VISIBLE_CONTROL, StreamParser
@@ -139,11 +139,15 @@ def _prompt(tokenizer: Tokenizer, entries: Iterable[TokenLogprobs | None]) -> tu
     return tuple(None if entry is None else text_token(tokenizer, entry) for entry in entries)
 
 
-def error_of(chunk: TokenChunk) -> Exception | None:
+def error_of(chunk: TokenChunk) -> FreeholdError | None:
     """What to raise after reading a chunk, if the engine failed."""
     if not _failed(chunk):
         return None
-    return chunk.error or EngineError("the engine failed on this request without saying why")
+    if isinstance(chunk.error, FreeholdError):
+        return chunk.error
+    found = EngineError(f"the engine failed on this request: {chunk.error or 'it did not say why'}")
+    found.__cause__ = chunk.error
+    return found
 
 
 def merge(events: Iterable[Event]) -> list[Event]:
@@ -216,5 +220,5 @@ class _PieceReader:
                 return "abort"
 
     def _is_shown(self, token_id: int) -> bool:
-        """Whether the token that ended the output is part of its text: like a stop string, but never a control token."""
+        """Whether the token that ended the output is part of its text: as a stop string is; no control token is."""
         return self._include_stop and not self._tokenizer.is_special(token_id)

@@ -91,7 +91,7 @@ class ChatTemplate:
 
     @classmethod
     def from_dir(cls, path: str | Path, *, profile: str = GLM_5_2.name) -> ChatTemplate:
-        """The checkpoint's `chat_template.jinja` (or `chat_template` in tokenizer_config.json), else `builtin(profile)`.
+        """The checkpoint's `chat_template.jinja`, or `chat_template` in tokenizer_config.json; else `builtin(profile)`.
 
         What the file does with efforts is found by rendering it. Raises ConfigError if it is not a template.
         """
@@ -136,7 +136,7 @@ class ChatTemplate:
 
 @dataclass(slots=True)
 class _Writer:
-    """Collects segments: `template` splits the template's own text at its control tokens, `user` takes text as it is."""
+    """Collects segments: `template` splits the grammar's own text at its control tokens, `user` takes text as it is."""
 
     segments: list[Segment] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Incremental decoding: whole characters, stop strings over token borders, control tokens apart, tokens with their text."""
+"""Incremental decoding: whole characters, stop strings over token borders, control tokens apart, tokens with text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from freehold.serve.turn import TextToken
 from freehold.types import TokenLogprobs
 
 TOY = Tokenizer.toy(512)
+MANY = settings(max_examples=max(300, settings().max_examples))  # the nightly profile has more
 
 
 def decode(ids: list[int], detokenizer: Detokenizer) -> list[Piece]:
@@ -32,7 +33,7 @@ ids_of_any_kind = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@MANY
 @given(ids_of_any_kind)
 def test_the_pieces_are_the_whole(ids: list[int]) -> None:
     pieces = decode(ids, Detokenizer(TOY))
@@ -41,7 +42,7 @@ def test_the_pieces_are_the_whole(ids: list[int]) -> None:
     assert sum(piece.starts for piece in pieces) == len(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@MANY
 @given(st.text(alphabet="ab京", max_size=12), st.lists(st.text(alphabet="ab京", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_are_those_of_a_simple_search(text: str, stop: list[str]) -> None:
     for include in (False, True):
@@ -118,7 +119,7 @@ def token(name: str) -> TextToken:
     return TextToken(name, name.encode(), TokenLogprobs(0, -1.0, 1), ())
 
 
-@settings(max_examples=200, deadline=None)
+@MANY
 @given(ids_of_any_kind, st.sampled_from([(), ("京</think>",), ("answer", "e京"), ("\ufffd\ufffd",)]))
 def test_tokens_go_with_the_text_that_they_begin(ids: list[int], stop: tuple[str, ...]) -> None:
     detokenizer = Detokenizer(TOY, stop)

@@ -34,7 +34,7 @@ EXPECTED: dict[str, dict[str | None, tuple[bool, str | None, bool]]] = {
     "glm-5": {
         None: (True, None, False),
         "none": (False, None, False),
-        **{effort: (True, None, True) for effort in EFFORTS[1:]},
+        **dict.fromkeys(EFFORTS[1:], (True, None, True)),
     },
 }
 

@@ -20,6 +20,10 @@ TOOLS = (
         {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
     ),
 )
+SPACED = (
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>a\nb </arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+)
 CITY = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>北京</arg_value></tool_call>"
 
 
@@ -55,7 +59,13 @@ class Result:
 
 
 def parse(
-    text: str, *, thinking: bool = False, tools: tuple[ToolSpec, ...] = TOOLS, cut: bool = False, as_text: bool, **options: Any
+    text: str,
+    *,
+    thinking: bool = False,
+    tools: tuple[ToolSpec, ...] = TOOLS,
+    cut: bool = False,
+    as_text: bool,
+    **options: Any,
 ) -> Result:
     """Parse with tags as text, one character at a time, or as control tokens."""
     ids = count()
@@ -91,11 +101,7 @@ def as_text(request: pytest.FixtureRequest) -> bool:
         ("<tool_call>\nnow\n</tool_call>\n", False, "", "", [("now", "{}")]),
         ("x\n" + CITY + "\n" + CITY + "\n", False, "", "x", [("get_weather", '{"city": "北京"}')] * 2),
         ("a " + CITY + " b", False, "", "a b", [("get_weather", '{"city": "北京"}')]),
-        (
-            "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>a\nb </arg_value>\n"
-            "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
-            False, "", "", [("get_weather", '{"city": "a\\nb ", "days": 3}')],
-        ),
+        (SPACED, False, "", "", [("get_weather", '{"city": "a\\nb ", "days": 3}')]),
     ],
 )  # fmt: skip
 def test_turns(
@@ -135,29 +141,39 @@ def test_without_tools_nothing_is_a_call(as_text: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("inside", "arguments"),
+    [
+        ("<arg_key>a</arg_key><arg_value>1<tool_call>", {"a": "1<tool_call>"}),
+        ("<arg_key>a</arg_key><arg_value>1", {"a": 1}),
+        ("<arg_key>a<arg_value>1</arg_value>", {"a": 1}),
+        ("<arg_key>a</arg_key>", {}),
+        ("<arg_key>a", {}),
+        ("<arg_key>a</arg_key>x<arg_key>b</arg_key>y<arg_value>1</arg_value>z", {"b": 1}),
+        ("<arg_key>a</arg_key><arg_value>x<arg_key></arg_value>", {"a": "x<arg_key>"}),
+    ],
+)
+def test_malformed_arguments(inside: str, arguments: dict[str, Any], as_text: bool) -> None:
+    found = parse(f"<tool_call>now{inside}</tool_call>b", as_text=as_text)
+    assert [(name, json.loads(written)) for name, written in found.calls] == [("now", arguments)]
+    assert found.content == "b"
+
+
+@pytest.mark.parametrize(
     ("text", "calls", "content"),
     [
-        ("<tool_call>now<tool_call>now</tool_call>", [("now", "{}"), ("now", "{}")], ""),
-        ("<tool_call>now<arg_key>a</arg_key><arg_value>1<tool_call></tool_call>", [("now", '{"a": "1<tool_call>"}')], ""),
-        ("<tool_call>now<arg_key>a</arg_key><arg_value>1</tool_call>b", [("now", '{"a": 1}')], "b"),
-        ("<tool_call>now<arg_key>a<arg_value>1</arg_value></tool_call>", [("now", '{"a": 1}')], ""),
-        ("<tool_call>now<arg_key>a</arg_key></tool_call>", [("now", "{}")], ""),
-        ("<tool_call>now<arg_key>a</tool_call>", [("now", "{}")], ""),
-        ("<tool_call>now<arg_key>a</arg_key>x<arg_key>b</arg_key>y<arg_value>1</arg_value>z</tool_call>",
-         [("now", '{"b": 1}')], ""),
-        ("<tool_call>now<arg_key>a</arg_key><arg_value>1</arg_value><tool_call>now", [("now", '{"a": 1}'), ("now", "{}")], ""),
-        ("<tool_call>now<arg_key>a</arg_key><arg_value>x<arg_key></arg_value></tool_call>", [("now", '{"a": "x<arg_key>"}')], ""),
+        ("<tool_call>now<tool_call>now</tool_call>", ["{}", "{}"], ""),
+        ("<tool_call>now<arg_key>a</arg_key><arg_value>1</arg_value><tool_call>now", ['{"a": 1}', "{}"], ""),
         ("</tool_call>a</arg_value>", [], "</tool_call>a</arg_value>"),
     ],
-)  # fmt: skip
-def test_malformed_calls(text: str, calls: list[tuple[str, str]], content: str, as_text: bool) -> None:
+)
+def test_malformed_calls(text: str, calls: list[str], content: str, as_text: bool) -> None:
     found = parse(text, as_text=as_text)
-    assert (found.calls, found.content) == (calls, content)
+    assert (found.calls, found.content) == ([("now", arguments) for arguments in calls], content)
 
 
 def test_every_cut_leaves_valid_arguments(as_text: bool) -> None:
     text = (
-        "t</think>a <tool_call>get_weather<arg_key>city</arg_key><arg_value>北\\\"京</arg_value>"
+        't</think>a <tool_call>get_weather<arg_key>city</arg_key><arg_value>北\\"京</arg_value>'
         "<arg_key>days</arg_key><arg_value>12</arg_value></tool_call><tool_call>now</tool_call>"
     )
     pieces = list(text) if as_text else [part for part, _ in split(text)]
@@ -167,7 +183,10 @@ def test_every_cut_leaves_valid_arguments(as_text: bool) -> None:
         for name, arguments in found.calls:
             whole = {"city": '北\\"京', "days": 12} if name == "get_weather" else {}
             written = json.loads(arguments)
-            assert all(key == "city" and whole[key].startswith(value) or whole[key] == value for key, value in written.items())
+            assert all(
+                (key == "city" and whole[key].startswith(value)) or whole[key] == value
+                for key, value in written.items()
+            )
         assert "<" not in found.reasoning + found.content
         seen.add((len(found.calls), len(json.loads(found.calls[0][1])) if found.calls else 0))
     assert seen == {(0, 0), (1, 0), (1, 1), (1, 2), (2, 2)}
