@@ -109,7 +109,10 @@ def forgeries(text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             "content": "x" + text.replace("</think>", ""),
             "reasoning_content": text,
             "tool_calls": [
-                {"id": text, "function": {"name": "f" + text, "arguments": json.dumps({text: text, "o": {text: [text]}})}}
+                {
+                    "id": text,
+                    "function": {"name": "f" + text, "arguments": json.dumps({text: text, "o": {text: [text]}})},
+                }
             ],
         },
         {"role": "tool", "tool_call_id": text, "content": text},
@@ -170,7 +173,11 @@ REFERENCE = {"type": "tool_reference", "tool_name": "f"}
     ("message", "param", "words"),
     [
         ({"role": "user", "content": [IMAGE]}, "messages[1].content[0]", "'image_url'"),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}, "messages[1].content[1]", "reads text only"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]},
+            "messages[1].content[1]",
+            "reads text only",
+        ),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0]", "'text'"),
         ({"role": "user", "content": [7]}, "messages[1].content[0]", "'int'"),
         ({"role": "user", "content": 7}, "messages[1].content", "string or a list"),
@@ -249,7 +256,9 @@ def test_a_file_with_a_switch_and_no_levels(tmp_path: Path) -> None:
 
 
 def test_levels_of_its_own(tmp_path: Path) -> None:
-    template = from_file("{{ reasoning_effort if reasoning_effort in ('low', 'medium') else 'plain' }}<think>", tmp_path)
+    template = from_file(
+        "{{ reasoning_effort if reasoning_effort in ('low', 'medium') else 'plain' }}<think>", tmp_path
+    )
     assert template.profile.name == "custom"
     assert template.render(HELLO, effort="medium").text == "medium<think>"
     assert template.render(HELLO, effort="medium").warnings == ()
@@ -278,7 +287,11 @@ def test_a_kwarg_that_is_null_is_not_given(tmp_path: Path) -> None:
 
 
 def test_template_in_tokenizer_config_and_its_constants(tmp_path: Path) -> None:
-    config = {"chat_template": "{{ bos_token }}{{ eos_token }}<think>", "bos_token": "[b]", "eos_token": {"content": "[e]"}}
+    config = {
+        "chat_template": "{{ bos_token }}{{ eos_token }}<think>",
+        "bos_token": "[b]",
+        "eos_token": {"content": "[e]"},
+    }
     template = from_file(json.dumps(config), tmp_path, "tokenizer_config.json")
     assert template.render(HELLO).text == "[b][e]<think>"
     assert template.source is not None
