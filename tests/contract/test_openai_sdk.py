@@ -606,11 +606,10 @@ def test_a_failure_before_the_first_byte_is_an_internal_server_error(client: ope
 
 def test_a_failure_after_it_is_raised_from_the_stream(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model=MODEL, messages=user("[[sim error after=5]]"), stream=True)
-    received = 0
+    received: list[ChatCompletionChunk] = []
     with pytest.raises(openai.APIError, match="simulated failure") as caught:
-        for _ in stream:
-            received += 1
-    assert received >= 5
+        received.extend(stream)
+    assert len(received) >= 5
     assert not isinstance(caught.value, openai.APIStatusError), "the status line was already out"
     assert client.chat.completions.create(model=MODEL, messages=user("hi")).choices, "others go on"
 

@@ -28,14 +28,18 @@ logger = logging.getLogger("freehold.serve")
 API_MODULES = (chat, completions, tokenize, operate)
 
 
+def operations() -> list[Operation]:
+    """What the server does, for its OpenAPI document."""
+    return [operation for module in API_MODULES for operation in module.OPERATIONS]
+
+
 def build_app(state: ServerState, *, on_warm: Callable[[Exception | None], None] | None = None) -> Starlette:
     """The whole application. Its lifespan starts the engine, warms it up, and closes it.
 
     on_warm: called when a first generation has completed, or with what went wrong with it.
     """
-    operations = [operation for module in API_MODULES for operation in module.OPERATIONS]
-    handler = partial(_handle_error, {operation.path: operation for operation in operations})
-    body = encode_json(document(operations, with_keys=bool(state.api_keys)))
+    handler = partial(_handle_error, {operation.path: operation for operation in operations()})
+    body = encode_json(document(operations(), with_keys=bool(state.api_keys)))
 
     local_only = state.loopback and not state.api_keys
 
@@ -60,9 +64,9 @@ def build_app(state: ServerState, *, on_warm: Callable[[Exception | None], None]
     return app
 
 
-async def _handle_error(operations: dict[str, Operation], request: Request, error: Exception) -> Response:
+async def _handle_error(by_path: dict[str, Operation], request: Request, error: Exception) -> Response:
     path = request.scope["path"]
-    operation = operations.get(path)
+    operation = by_path.get(path)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, f"no {request.method} {path} here; see /openapi.json", error.headers)
     if operation is None or isinstance(error, ClientDisconnect):

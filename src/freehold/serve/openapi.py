@@ -66,8 +66,10 @@ def _operation(operation: Operation, schema_of: dict[Any, Any], with_keys: bool)
     if operation.response is not None:
         content["application/json"] = {"schema": schema_of[operation.response]}
     if operation.event is not None:
-        description = "server-sent events; this is the data of one, and the last is [DONE]"
-        content["text/event-stream"] = {"schema": schema_of[operation.event], "description": description}
+        # OpenAPI 3.1 has no words for the items of a stream; tools take the schema as that of one event.
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema_of[operation.event]}
+        event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     error = {"application/json": {"schema": schema_of[operation.error]}}
     body: dict[str, Any] = {
         "summary": operation.summary,

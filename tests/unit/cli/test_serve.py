@@ -1,0 +1,92 @@
+"""`freehold serve`: options, and what cannot be served."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from freehold.cli.main import main
+from freehold.cli.serve import parse_bytes, parse_fault
+from freehold.engine.sim import Fault
+from freehold.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4GiB", 4 * 2**30),
+        ("4 gib", 4 * 2**30),
+        ("500MB", 500 * 10**6),
+        ("1.5TiB", 3 * 2**39),
+        ("1024", 1024),
+        ("7B", 7),
+        (None, None),
+    ],
+)
+def test_sizes(text: str | None, size: int | None) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4GiG", "-4GiB", "4,5GB", "nan", "4 G i B"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="--cache-bytes"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("error", Fault("error")),
+        ("stall after=3 seconds=0.5 every=2", Fault("stall", after=3, seconds=0.5, every=2)),
+    ],
+)
+def test_faults(text: str, fault: Fault) -> None:
+    assert parse_fault(text) == fault
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "boom", "error after", "error after=x", "error every=0", "error after=-1", "slow seconds=inf", "error foo=1"],
+)
+def test_what_is_no_fault(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="--sim-fault"):
+        parse_fault(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "or --sim"),
+        (["somewhere", "--sim"], "or --sim"),
+        (["somewhere", "--sim-drafts", "3"], "need --sim"),
+        (["--sim", "--cache-bytes", "1GiB"], "--sim has none"),
+        (["--sim", "--threads", "2"], "--sim has none"),
+        (["--sim", "--host", "0.0.0.0"], "FREEHOLD_API_KEY"),
+        (["--sim", "--api-key-file", "/nowhere"], "/nowhere"),
+        (["--sim", "--port", "0", "--sim-fault", "boom"], "--sim-fault"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FREEHOLD_API_KEY", raising=False)
+    assert main(["serve", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) != 0
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_command_and_the_server_import_no_torch() -> None:
+    code = (
+        "import sys, freehold.cli.serve, freehold.serve.server, freehold.engine.sim\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'safetensors', 'llguidance')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
