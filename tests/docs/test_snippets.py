@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,15 +21,21 @@ import pytest
 from tests.docs.markdown import Block, all_blocks
 from tests.source_checks import ROOT
 
+# As after `source .venv/bin/activate`, wherever these tests run from.
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    "PYTHONPATH": str(ROOT / "src"),
+}
 FREEHOLD = [sys.executable, "-m", "freehold.cli.main"]
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running `freehold serve`. root: its address; model: what it calls its model."""
+    """A running `freehold serve` of a model named small. root: its address."""
 
     root: str
-    model: str
+    is_sim: bool
 
 
 def free_port() -> int:
@@ -55,23 +62,24 @@ def wait_ready(process: subprocess.Popen[bytes], root: str, log: Path, seconds: 
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models/small, which is really a nano: the blocks are about commands, not sizes."""
     folder = tmp_path_factory.mktemp("here")
-    subprocess.run([*FREEHOLD, "tiny", "models/small", "--size", "nano"], cwd=folder, check=True, timeout=120)
+    command = [*FREEHOLD, "tiny", "models/small", "--size", "nano"]
+    subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, timeout=120)
     return folder
 
 
 @pytest.fixture(scope="module", params=["sim", "checkpoint"])
 def server(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
-    what = ["--sim"] if request.param == "sim" else ["models/small"]
+    what = ["--sim", "--served-model-name", "small"] if request.param == "sim" else ["models/small"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*FREEHOLD, "serve", *what, "--port", str(port)], cwd=models, stdout=output, stderr=output
+            [*FREEHOLD, "serve", *what, "--port", str(port)], cwd=models, env=ENVIRONMENT, stdout=output, stderr=output
         )
     try:
         root = f"http://127.0.0.1:{port}"
         wait_ready(process, root, log, 60)
-        yield Server(root, "small")
+        yield Server(root, request.param == "sim")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0, log.read_text()
     finally:
@@ -83,10 +91,7 @@ def server(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytes
 def run(block: Block, folder: Path, text: str) -> str:
     """Run a block as a reader would: in a shell, or as a Python script. Returns what it printed."""
     command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": python_path}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f"{block} failed:\n{text}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -102,6 +107,25 @@ def test_a_snippet_works_against_a_live_server(block: Block, server: Server, mod
 @pytest.mark.parametrize("block", all_blocks("here"), ids=str)
 def test_a_snippet_works_beside_a_checkpoint(block: Block, models: Path) -> None:
     assert run(block, models, block.text).strip(), "it printed nothing"
+
+
+def test_a_directive_makes_the_simulator_fail(server: Server) -> None:
+    """The simulator's how-to, both sides: there the request fails, a real model answers."""
+    block = next(block for block in all_blocks("no") if "[[sim error" in block.text)
+    body = re.search(r"-d '(.*)'", block.text, re.DOTALL)
+    assert body
+    request = urllib.request.Request(
+        f"{server.root}/v1/chat/completions",
+        data=json.dumps({**json.loads(body[1]), "max_tokens": 8}).encode(),
+        headers={"content-type": "application/json"},
+    )
+    if server.is_sim:
+        with pytest.raises(urllib.error.HTTPError) as failure:
+            urllib.request.urlopen(request, timeout=60)
+        assert failure.value.code == 500
+    else:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200
 
 
 def test_make_up_prints_the_snippets_of_the_readme() -> None:
