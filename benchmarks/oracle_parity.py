@@ -165,7 +165,7 @@ def paths(
     found[f"batch of {len(batch)} mixed lengths"] = (session, session.generate(batch, new))
     # Blocks for the three prompts and little more: the batch can only finish by preempting.
     batch = {"a": prompt, "b": others[0], "c": list(reversed(prompt))}
-    session = Session(model, blocks=sum(-(-len(tokens) // 16) for tokens in batch.values()) + 2)
+    session = Session(model, block_size=4, blocks=sum(-(-len(tokens) // 4) for tokens in batch.values()) + 2)
     found["after preemption"] = (session, session.generate(batch, new))
     assert session.engine.stats().preemptions > 0, "nothing was preempted"
     return found

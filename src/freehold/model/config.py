@@ -9,7 +9,6 @@ Source: the published configs of zai-org/GLM-5 … GLM-5.3 and `transformers` 5.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -30,11 +30,12 @@ TRANSFORMERS_LATENT_EPS = 1e-6
 def load_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """`transformers`' model of a checkpoint directory, eager attention, in evaluation mode."""
     try:
-        from transformers import AutoModelForCausalLM, logging
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise MissingExtra("comparing with transformers needs it: pip install 'transformers>=5.23'") from None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports the MTP layer, which it does not have, as unexpected
+    logging.set_verbosity(40)  # errors only: it reports the MTP layer, which it does not have, as unexpected
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     finally:

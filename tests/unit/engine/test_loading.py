@@ -51,7 +51,7 @@ def test_prompt_logprobs_are_teacher_forced_scores_at_any_chunk_size(nano: Path)
         options = EngineOptions(cache_bytes=1 << 22, max_num_batched_tokens=budget, max_num_seqs=4, dtype="float32")
         engine, _ = build_engine(nano, options)
         engine.add(Request("a", prompt, params))
-        scores = [chunk.prompt_logprobs for _ in range(20) if engine.has_work for chunk in engine.step()][0]
+        scores = next(chunk.prompt_logprobs for _ in range(20) for chunk in engine.step())
         assert scores is not None
         assert scores[0] is None
         assert [score.token_id for score in scores[1:] if score] == list(prompt[1:])
