@@ -200,28 +200,31 @@ class Scheduler:
     def _admit(self, seqs: list[ScheduledSeq], new: list[NewRequest], budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_running:
             request = self.waiting[0]
-            # With prompt_logprobs every position must be computed, until they have been handed out.
-            prefix = [] if request.prompt_logprobs is not None else self._find_prefix(request)
-            # A spare block for each running request keeps it from preempting the newcomer as soon as its block is full.
-            wanted = self._positions_wanted(request)
-            if not self.blocks.allocate(request.table, wanted, prefix, spare=len(self.running)):
-                return
+            if not self._take_blocks(request):
+                return  # nobody overtakes it: a large request would wait for ever
             self.waiting.popleft()
             self.running.append(request)
-            request.num_computed_tokens = len(prefix) * self.blocks.block_size
-            if request.status is RequestStatus.WAITING:
-                request.num_cached_tokens = request.num_computed_tokens
-                if request.prompt_logprobs is None and self.blocks.enable_prefix_cache:
-                    self.counters.prefix_queries += request.num_prompt_tokens
-                    self.counters.prefix_hits += request.num_cached_tokens
             request.status = RequestStatus.RUNNING
             if not request.announced:
                 request.announced = True
                 new.append(NewRequest(request.request_id, request.prompt_token_ids, request.params))
             budget -= self._schedule_chunk(request, seqs, budget)
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        return self.blocks.find_prefix(request.table, request.token_ids)
+    def _take_blocks(self, request: Request) -> bool:
+        """Give a waiting request blocks for all its tokens, beginning with those the prefix cache has."""
+        # Logprobs of the prompt need every position computed, until they have been handed out.
+        looked_up = request.prompt_logprobs is None and self.blocks.enable_prefix_cache
+        prefix = self.blocks.find_prefix(request.table, request.token_ids) if looked_up else []
+        # A spare block for each running request keeps it from preempting the newcomer as soon as its own is full.
+        wanted = self._positions_wanted(request)
+        if not self.blocks.allocate(request.table, wanted, prefix, spare=len(self.running)):
+            return False
+        request.num_computed_tokens = len(prefix) * self.blocks.block_size
+        if request.status is RequestStatus.WAITING and looked_up:  # not after a preemption: it would find itself
+            request.num_cached_tokens = request.num_computed_tokens
+            self.counters.prefix_queries += request.num_prompt_tokens
+            self.counters.prefix_hits += request.num_cached_tokens
+        return True
 
     def _positions_wanted(self, request: Request) -> int:
         """Positions to hold a place in the cache for: all known tokens, and drafts as far as the request can go."""

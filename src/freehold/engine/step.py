@@ -27,8 +27,8 @@ class ScheduledSeq:
 
     token_ids: the tokens to compute, at positions start .. start+len-1. Decode has one; a prefill chunk
         (or a recompute after preemption, which also replays generated tokens) has many.
-    block_ids: the block table; it covers every position up to start+len-1. Position p lives in slot
-        block_ids[p // block_size] * block_size + p % block_size.
+    block_ids: the block table; it covers every position up to start+len-1, and those of drafts behind it as far as
+        the request may still go. Position p lives in slot block_ids[p // block_size] * block_size + p % block_size.
     block_epoch: changes whenever the table was rebuilt rather than only extended, so that a runner may
         keep a tensor of the table and append to it.
     samples: the chunk reaches the last known token, so its last logits give the next token.
@@ -60,7 +60,8 @@ class StepInput:
 class SeqOutput:
     """What the runner found for one scheduled sequence, in the order of `StepInput.seqs`.
 
-    token_ids: () where `samples` was false; else the accepted tokens (1, or up to k+1 with drafts).
+    token_ids: () where `samples` was false; else the accepted tokens (1, or up to k+1 with drafts), whose positions
+        but the last's are in the cache; () also if there is none yet, and the same step is to be tried again.
     prompt_logprobs: one entry per computed prompt position p of this chunk, scoring token p+1
         (absent for the last prompt token, whose successor is sampled); None if not asked for.
     error: the failure of this request alone (for instance its grammar); it is finished with ERROR.
