@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from freehold.errors import CheckpointError
 from freehold.headers import INDEX_NAME, SINGLE_NAME, CheckpointIndex, encode_header, read_shard
-
-safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 
 def write(path: Path, tensors: dict[str, Any], data: bytes | None = None, header: bytes | None = None) -> None:
@@ -44,7 +43,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         "scalar": np.array(3, dtype=np.int64),
         "empty": np.zeros((0, 4), dtype=np.uint8),
     }
-    safetensors_numpy.save_file(arrays, tmp_path / SINGLE_NAME, metadata={"format": "pt"})
+    safetensors.numpy.save_file(arrays, tmp_path / SINGLE_NAME, metadata={"format": "pt"})
     found = CheckpointIndex.open(tmp_path)
     assert found.shards[0].metadata == {"format": "pt"}
     assert {name: (e.dtype, e.shape, e.nbytes) for name, e in found.tensors.items()} == {
@@ -63,7 +62,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     x, y = np.arange(4, dtype=np.float32).reshape(2, 2), np.array([7, 8, 9], dtype=np.int16)
     (tmp_path / SINGLE_NAME).write_bytes(header + x.tobytes() + y.tobytes())
     assert len(header) % 8 == 0
-    loaded = safetensors_numpy.load_file(tmp_path / SINGLE_NAME)
+    loaded = safetensors.numpy.load_file(tmp_path / SINGLE_NAME)
     assert np.array_equal(loaded["x"], x)
     assert np.array_equal(loaded["y"], y)
     assert [e.name for e in read_shard(tmp_path / SINGLE_NAME).tensors] == ["x", "y"]

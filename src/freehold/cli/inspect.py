@@ -58,6 +58,8 @@ def _print(report: Inspection, console: Console) -> None:
     console.print(_cache_table(report))
     for problem in report.problems:
         console.print(f"[red]problem:[/red] {escape(problem)}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
     if report.kind == "checkpoint" and not report.problems:
         console.print("Every tensor the config calls for is there, with its shape and dtype, and no other.")
     if report.verified_files is not None:

@@ -100,6 +100,7 @@ class Inspection:
     index_key_bytes: Mapping[str, int]
     caches: tuple[CacheRow, ...]
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # worth knowing, and harmless
     verified_files: int | None = None  # None: not asked for
 
     def as_dict(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _report(
         by_dtype[dtype] += nbytes
         by_part[parts.get(name.removesuffix(SCALE_SUFFIX), "unexpected")] += nbytes
     problems = [] if index is None else [problem.message for problem in find_problems(config, index)]
-    problems += [] if index is None else [f"{file}: no index names it; nothing reads it" for file in index.unlisted]
+    notes = [] if index is None else [f"{file}: no index names it; nothing reads it" for file in index.unlisted]
     return Inspection(
         source=source,
         kind=kind,
@@ -188,6 +189,7 @@ def _report(
         index_key_bytes={name: index_key_bytes(config, name) for name in INDEX_FORMATS},
         caches=_caches(config),
         problems=tuple(problems),
+        notes=tuple(notes),
         verified_files=verified,
     )
 

@@ -169,6 +169,7 @@ def _remove_own(path: Path) -> None:
         shards = list(read_manifest(path))
     except CheckpointError:  # an earlier call was interrupted before it wrote the manifest
         shards = [file.name for file in path.glob("model-*-of-*.safetensors")]
+    shards += [file.name for file in path.glob("model*.safetensors.tmp")]  # of a call that was killed
     for name in (*shards, SINGLE_NAME, INDEX_NAME, MANIFEST_NAME):
         (path / name).unlink(missing_ok=True)
 

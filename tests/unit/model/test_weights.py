@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
-torch = pytest.importorskip("torch")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
-from freehold.errors import CheckpointError, ConfigError  # noqa: E402
-from freehold.headers import INDEX_NAME, SINGLE_NAME, CheckpointIndex  # noqa: E402
-from freehold.model.config import GlmConfig  # noqa: E402
-from freehold.model.glm import Glm  # noqa: E402
-from freehold.model.names import tensor_specs  # noqa: E402
-from freehold.model.quant import dequantize_blocks  # noqa: E402
-from freehold.model.sizes import size_config  # noqa: E402
-from freehold.model.storage import fp8_quantization  # noqa: E402
-from freehold.model.tiny import make_tiny, write_random_checkpoint  # noqa: E402
-from freehold.model.weights import load_weights, read_tensor  # noqa: E402
+from freehold.errors import CheckpointError, ConfigError
+from freehold.headers import INDEX_NAME, SINGLE_NAME, CheckpointIndex
+from freehold.model.config import GlmConfig
+from freehold.model.glm import Glm
+from freehold.model.names import tensor_specs
+from freehold.model.quant import dequantize_blocks
+from freehold.model.sizes import size_config
+from freehold.model.storage import fp8_quantization
+from freehold.model.tiny import make_tiny, write_random_checkpoint
+from freehold.model.weights import load_weights, read_tensor
 
 Q_A = "model.layers.4.self_attn.q_a_proj.weight"
 KV_A = "model.layers.4.self_attn.kv_a_proj_with_mqa.weight"
@@ -52,7 +51,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) ->
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
 def test_every_tensor_is_loaded_from_every_dtype(tmp_path: Path, stored: str, wanted: torch.dtype) -> None:
     write_random_checkpoint(size_config("nano"), tmp_path, 1, dtype=stored)
-    on_disk = safetensors_torch.load_file(tmp_path / SINGLE_NAME)
+    on_disk = safetensors.torch.load_file(tmp_path / SINGLE_NAME)
     loaded = load(tmp_path, wanted).checkpoint_tensors()
     assert loaded.keys() == on_disk.keys()
     for name, tensor in loaded.items():
@@ -66,7 +65,7 @@ def test_fp8_with_ragged_blocks_and_straddling_heads(tmp_path: Path, wanted: tor
     write_random_checkpoint(odd_config(), tmp_path, 1, fp8=True, max_shard_bytes=max_shard_bytes)
     raw: dict[str, torch.Tensor] = {}
     for file in tmp_path.glob("*.safetensors"):
-        raw |= safetensors_torch.load_file(file)
+        raw |= safetensors.torch.load_file(file)
     kv_b = "model.layers.0.self_attn.kv_b_proj.weight"
     assert tuple(raw[kv_b].shape) == (3 * 320, 130)
     assert tuple(raw[kv_b + "_scale_inv"].shape) == (8, 2)
@@ -92,13 +91,13 @@ def test_fp8_with_ragged_blocks_and_straddling_heads(tmp_path: Path, wanted: tor
 def test_a_scale_may_be_in_another_shard(tmp_path: Path) -> None:
     write_random_checkpoint(odd_config(), tmp_path, 1, fp8=True)
     whole = load(tmp_path).checkpoint_tensors()
-    tensors = safetensors_torch.load_file(tmp_path / SINGLE_NAME)
+    tensors = safetensors.torch.load_file(tmp_path / SINGLE_NAME)
     (tmp_path / SINGLE_NAME).unlink()
     groups: dict[str, list[str]] = {"a.safetensors": [], "b.safetensors": []}
     for name in tensors:
         groups["b.safetensors" if name.endswith("_scale_inv") else "a.safetensors"].append(name)
     for file, names in groups.items():
-        safetensors_torch.save_file({name: tensors[name] for name in names}, tmp_path / file)
+        safetensors.torch.save_file({name: tensors[name] for name in names}, tmp_path / file)
     weight_map = {name: file for file, names in groups.items() for name in names}
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     split = load(tmp_path).checkpoint_tensors()
@@ -183,9 +182,9 @@ def add(name: str) -> Edit:
 )
 def test_what_is_wrong_with_a_tensor_is_said_in_one_line(tmp_path: Path, fp8: bool, edit: Edit, message: str) -> None:
     make_tiny(tmp_path, "nano", fp8=fp8)
-    tensors = safetensors_torch.load_file(tmp_path / SINGLE_NAME)
+    tensors = safetensors.torch.load_file(tmp_path / SINGLE_NAME)
     edit(tensors)
-    safetensors_torch.save_file(tensors, tmp_path / SINGLE_NAME)
+    safetensors.torch.save_file(tensors, tmp_path / SINGLE_NAME)
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in caught.value.message
