@@ -312,6 +312,7 @@ def _open(
     model: str | Path, profile: str, sim: SimConfig | None, options: Mapping[str, Any], progress: bool
 ) -> ServerState:
     """The services that a server would have."""
+    from freehold.model.config import GlmConfig
     from freehold.serve.state import SamplingDefaults
     from freehold.serve.template import ChatTemplate
 
@@ -325,6 +326,7 @@ def _open(
     if sim is not None:
         raise InvalidRequest('sim is for LLM("sim") only', param="sim")
     directory = Path(model)
+    GlmConfig.from_file(directory)  # what is no checkpoint is found out before torch is imported
     template, sampling = ChatTemplate.from_dir(directory, profile=profile), SamplingDefaults.from_dir(directory)
     from freehold.engine.loading import EngineOptions, build_engine
 
