@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
@@ -49,10 +50,25 @@ class BackgroundLoop:
             self._thread.join()
 
     def _run(self) -> None:
-        with asyncio.Runner() as runner:  # its end cancels tasks and closes generators
-            self._loop = runner.get_loop()
-            self._loop.call_soon(self._running.set)
+        self._loop = asyncio.new_event_loop()
+        # Its own, and shut down here: asyncio's way takes a new thread, which cannot be had when Python is ending.
+        executor = ThreadPoolExecutor(thread_name_prefix=self._thread.name)
+        self._loop.set_default_executor(executor)
+        self._loop.call_soon(self._running.set)
+        try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_end_tasks())
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            executor.shutdown()
+            self._loop.close()
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class LoopIterator(Iterator[T], Generic[T]):

@@ -133,16 +133,20 @@ class Local:
 class Remote:
     """An OpenAI-compatible API."""
 
-    def __init__(self, url: str, model: str | None, loop: BackgroundLoop) -> None:
+    def __init__(self, url: str, loop: BackgroundLoop) -> None:
         from freehold.client import Client
 
         self._loop = loop
         self._client = Client(url, api_key=os.environ.get(API_KEY_VARIABLE))
-        served = [] if model is not None else loop.call(self._client.models())
-        if model is None and not served:
-            raise InvalidRequest(f"{self._client.base_url} serves no model; name one with --model")
-        self.name = model if model is not None else served[0]
+        self.name = ""
         self.keeps_reasoning = False  # until it sends any: a server that does knows the field
+
+    def choose(self, model: str | None) -> None:
+        """Ask for this model from now on; None: the first that is served."""
+        served = [model] if model is not None else self._loop.call(self._client.models())
+        if not served:
+            raise InvalidRequest(f"{self._client.base_url} serves no model; name one with --model")
+        self.name = served[0]
 
     def close(self) -> None:
         self._loop.call(self._client.close())
@@ -173,7 +177,8 @@ def _backend(target: str, model: str | None) -> Iterator[Backend]:
     if _is_url(target):
         from freehold.background import BackgroundLoop
 
-        with closing(BackgroundLoop()) as loop, closing(Remote(target, model, loop)) as remote:
+        with closing(BackgroundLoop()) as loop, closing(Remote(target, loop)) as remote:
+            remote.choose(model)
             yield remote
     else:
         from freehold.serve.offline import LLM

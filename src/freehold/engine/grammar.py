@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from freehold.engine.tool_schema import Document, Schema, properties, take_apart
+from freehold.engine.tool_schema import Document, Schema, check_size, properties, take_apart
 from freehold.errors import InvalidRequest, UnsupportedField
 from freehold.types import Guide, ToolSpec
 
@@ -92,7 +92,7 @@ class _Builder:
 
     def _json(self, schema: Schema) -> str:
         options = {"whitespace_pattern": _WHITESPACE}
-        return self._rule(f"%json {json.dumps({**_without_unknown_formats(schema), 'x-guidance': options})}")
+        return self._rule(f"%json {json.dumps({**_prepared(schema), 'x-guidance': options})}")
 
     def _tool_calls(self, guide: Guide) -> str:
         if not guide.tools:
@@ -144,7 +144,7 @@ class _Builder:
 
 def _literal(text: str) -> str:
     """A string literal of the grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text)  # escaped to ASCII: its lexer does not take every character as it is
 
 
 def _is_count(value: Any) -> bool:
@@ -188,11 +188,12 @@ def _is_escaped(text: str, index: int) -> bool:
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
 
 
-def _without_unknown_formats(schema: Any) -> Any:
+def _prepared(schema: Any) -> Any:
     """A copy without `format`s that llguidance would refuse, and without options addressed to it."""
     if isinstance(schema, Mapping):
+        check_size(schema.get("properties"))
         kept = {key: value for key, value in schema.items() if key != "x-guidance"}
         if isinstance(kept.get("format"), str) and kept["format"] not in _ENFORCED_FORMATS:
             del kept["format"]
-        return {key: _without_unknown_formats(value) for key, value in kept.items()}
-    return [_without_unknown_formats(value) for value in schema] if isinstance(schema, list | tuple) else schema
+        return {key: _prepared(value) for key, value in kept.items()}
+    return [_prepared(value) for value in schema] if isinstance(schema, list | tuple) else schema

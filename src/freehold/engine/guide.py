@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _CACHED_GRAMMARS = 128
 _LONGEST_CAUSE = 300
-_LONGEST_SCHEMA = 1 << 20  # characters; compiling takes up to a second a megabyte
+_LONGEST_SCHEMA = 1 << 20  # characters
+_LEXER_FUEL = 200_000  # bounds the time to compile at about a second; a hundred tools of ten arguments take half of it
 
 
 class GuideState:
@@ -97,9 +98,9 @@ class GuideCompiler:
     def _prototype(self, guide: Guide) -> LLMatcher:
         """The matcher at its start, from the cache or new; never advanced."""
         try:
-            key = json.dumps(
-                (guide.kind, guide.schema, [(t.name, t.schema) for t in guide.tools], guide.thinking, guide.parallel)
-            )
+            tools = [(tool.name, tool.schema) for tool in guide.tools]
+            key = json.dumps((guide.kind, guide.schema, tools, guide.thinking, guide.parallel), ensure_ascii=False)
+            key.encode("utf-8")  # half a character is JSON, but no text
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"the schema is not JSON: {error}", param=_param(guide)) from None
         if len(key) > _LONGEST_SCHEMA:
@@ -108,6 +109,7 @@ class GuideCompiler:
             if key in self._matchers:
                 self._matchers.move_to_end(key)
                 return self._matchers[key]
+        self._tokens()  # first of all: it says so if llguidance is missing
         grammar = grammar_of(guide, self._tokenizer.special_id)
         for part in grammar.to_try:
             self._matcher(part, guide)
@@ -119,9 +121,11 @@ class GuideCompiler:
         return matcher
 
     def _matcher(self, lark: str, guide: Guide) -> LLMatcher:
-        from llguidance import LLMatcher
+        tokens = self._tokens()
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._tokens(), LLMatcher.grammar_from_lark(lark), log_level=0)
+        limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL)
+        matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         problem = matcher.get_error() or "; ".join(matcher.get_grammar_warnings())
         if problem or not any(mask):

@@ -27,6 +27,7 @@ _PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "array": (list, tuple), "object": (Mapping,),
 }  # fmt: skip
 _MAX_DEPTH = 64
+_MOST_PROPERTIES = 1_000
 
 
 class Document:
@@ -121,10 +122,20 @@ def properties(root: Document, where: str) -> Iterator[tuple[str, Any, bool]]:
     named = isinstance(required, list | tuple) and all(isinstance(key, str) for key in required)
     if not isinstance(declared, Mapping) or not named:
         raise InvalidRequest(f"{where}: properties must be an object and required a list of names", param="tools")
+    check_size(declared, where)
     for key in dict.fromkeys((*declared, *required)):
         if key not in required and declared[key] is False:
             continue
         yield key, declared.get(key, {}), key in required
+
+
+def check_size(declared: Any, where: str = "schema") -> None:
+    """Refuse an object with so many properties that compiling it, which takes time in their square, would not end."""
+    if isinstance(declared, Mapping) and len(declared) > _MOST_PROPERTIES:
+        raise InvalidRequest(
+            f"{where}: {len(declared):,} properties of one object are more than the {_MOST_PROPERTIES:,} that can be "
+            "enforced"
+        )
 
 
 @dataclass(slots=True)

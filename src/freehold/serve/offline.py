@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -302,16 +302,17 @@ async def _together(workers: Sequence[Any]) -> None:
 
 
 def _shut_down(loop: BackgroundLoop, engine: AsyncEngine) -> None:
-    try:
+    # When Python is ending, no thread may be started any more, not even to wait for the engine's: it has ended by then.
+    with suppress(RuntimeError):
         loop.call(engine.close())
-    finally:
-        loop.close()
+    loop.close()
 
 
 def _open(
     model: str | Path, profile: str, sim: SimConfig | None, options: Mapping[str, Any], progress: bool
 ) -> ServerState:
     """The services that a server would have."""
+    from freehold.model.config import GlmConfig
     from freehold.serve.state import SamplingDefaults
     from freehold.serve.template import ChatTemplate
 
@@ -325,6 +326,7 @@ def _open(
     if sim is not None:
         raise InvalidRequest('sim is for LLM("sim") only', param="sim")
     directory = Path(model)
+    GlmConfig.from_file(directory)  # what is no checkpoint is found out before torch is imported
     template, sampling = ChatTemplate.from_dir(directory, profile=profile), SamplingDefaults.from_dir(directory)
     from freehold.engine.loading import EngineOptions, build_engine
 
@@ -357,7 +359,7 @@ def _check_names(given: Mapping[str, Any], known: Any, what: str) -> None:
 
 
 def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) and stop else tuple(stop)
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in strings):
         raise InvalidRequest("stop strings must not be empty", param="stop")
     return strings

@@ -282,6 +282,12 @@ def test_other_refusals() -> None:
         COMPILER.validate(Guide("json_schema"))
     with pytest.raises(InvalidRequest, match="longer than"):
         COMPILER.validate(Guide("json_schema", schema={"const": "x" * (1 << 21)}))
+    with pytest.raises(InvalidRequest, match="2,000 properties"):
+        COMPILER.validate(Guide("json_schema", schema={"items": {"properties": {f"p{i}": {} for i in range(2_000)}}}))
+    with pytest.raises(InvalidRequest, match="too big"):
+        COMPILER.validate(Guide("json_schema", schema={"enum": [f"value {i}" for i in range(20_000)]}))
+    with pytest.raises(InvalidRequest, match="not JSON"):
+        COMPILER.validate(Guide("json_schema", schema={"const": "\ud800"}))
     deep: dict[str, Any] = {}
     for _ in range(600):
         deep = {"properties": {"a": deep}}
@@ -297,6 +303,12 @@ def test_a_tokenizer_without_tool_tags_is_refused() -> None:
     compiler = GuideCompiler(NoTags(TOKENIZER.backend, vocab_size=1024), EOS)
     with pytest.raises(UnsupportedField, match="<tool_call>"):
         compiler.validate(Guide("tool_call", tools=(NOW,)))
+
+
+def test_many_tools_are_fine() -> None:
+    kinds: list[Any] = [{"type": "string"}, {"type": "integer"}, {"enum": ["a", "b"]}, {"items": {"type": "string"}}]
+    tools = [ToolSpec(f"t{i}", {"properties": {f"{i}-{j}": kinds[j % 4] for j in range(10)}}) for i in range(100)]
+    assert calls_in(generate(Guide("tool_call", tools=tuple(tools)), 1))
 
 
 def test_users_cannot_switch_enforcement_off() -> None:
@@ -348,3 +360,25 @@ def test_states_of_one_guide_are_independent() -> None:
 def test_importing_does_not_import_llguidance_or_torch() -> None:
     code = "import sys, freehold.engine.guide; sys.exit(bool({'torch', 'llguidance'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_without_llguidance_it_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["llguidance"] = None
+from freehold.engine.guide import GuideCompiler
+from freehold.errors import MissingExtra
+from freehold.model.tokenizer import Tokenizer
+from freehold.types import Guide, ToolSpec
+compiler = GuideCompiler(Tokenizer.toy(512), (0,))
+tool = ToolSpec("f", {"properties": {"a": {"pattern": "x"}}})
+for guide in (Guide("json_object"), Guide("tool_call", tools=(tool,))):
+    try:
+        compiler.validate(guide)
+    except MissingExtra as error:
+        assert "freehold[engine]" in str(error)
+    else:
+        sys.exit(1)
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
