@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from freehold.model.tokenizer import Tokenizer
+from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, Tokenizer
 from freehold.serve.turn import TextToken
 from freehold.types import TokenLogprobs
 
@@ -60,7 +60,7 @@ class Detokenizer:
         if self.stopped is not None:
             return []
         self.count += 1
-        if self._tokenizer.is_special(token_id):
+        if _is_control(self._tokenizer, token_id):
             self._complete("", end=True)  # a control token breaks off an unfinished character
             tokens = (token,) if token is not None else ()
             self._held.append(Piece(self._tokenizer.token_bytes(token_id).decode("utf-8"), True, 1, tokens))
@@ -126,6 +126,15 @@ class Detokenizer:
                 self._held[0] = Piece(piece.text[length:])
             break
         return taken
+
+
+def _is_control(tokenizer: Tokenizer, token_id: int) -> bool:
+    """Whether a token structures the conversation. A word that someone added to the vocabulary does not."""
+    if not tokenizer.is_special(token_id):
+        return False
+    if tokenizer.token_bytes(token_id).decode("utf-8") in GLM_SPECIAL_TOKENS:
+        return True
+    return bool(tokenizer.backend.get_added_tokens_decoder()[token_id].special)
 
 
 def text_token(tokenizer: Tokenizer, logprobs: TokenLogprobs) -> TextToken:

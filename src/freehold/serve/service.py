@@ -6,7 +6,7 @@ Everything about language is behind these two classes; everything about HTTP is 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -173,7 +173,7 @@ def _guide_of(turn: Turn, tools: Sequence[ToolSpec]) -> Guide | None:
     return Guide("tool_call", tools=tuple(tools), parallel=turn.parallel_tool_calls)
 
 
-def _structure(response_format: Any) -> Guide | None:
+def _structure(response_format: Mapping[str, Any] | None) -> Guide | None:
     if response_format is None:
         return None
     match response_format.get("type"):
@@ -183,8 +183,8 @@ def _structure(response_format: Any) -> Guide | None:
             return Guide("json_object")
         case "json_schema":
             wrapper = response_format.get("json_schema")
-            schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
-            if not isinstance(schema, dict):
+            schema = wrapper.get("schema") if isinstance(wrapper, Mapping) else None
+            if not isinstance(schema, Mapping):
                 param = "response_format.json_schema.schema"
                 raise InvalidRequest(f"{param}: a JSON schema object is required", param=param)
             return Guide("json_schema", schema=schema)

@@ -104,6 +104,15 @@ def test_the_first_tokens_are_not_searched() -> None:
     assert detokenizer.count == 4
 
 
+def test_added_words_are_text_and_added_control_tokens_are_not() -> None:
+    backend = Tokenizer.toy(512).backend
+    backend.add_tokens(["<word>"])
+    backend.add_special_tokens(["<|control|>"])
+    tokenizer = Tokenizer(backend)
+    pieces = decode(tokenizer.encode("a<word><|control|>"), Detokenizer(tokenizer))
+    assert pieces == [Piece("a", False, 1), Piece("<word>", False, 1), Piece("<|control|>", True, 1)]
+
+
 def test_count_stops_with_the_match() -> None:
     detokenizer = Detokenizer(TOY, ("b",))
     decode(TOY.encode("a b c d", special=False), detokenizer)

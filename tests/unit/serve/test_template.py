@@ -68,7 +68,7 @@ def test_there_are_golden_cases_of_both_profiles() -> None:
 
 def test_transformers_renders_the_same(tmp_path: Path, toy: Tokenizer) -> None:
     """The sandbox here has the settings of the one that template authors test with."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
     toy.save(tmp_path)
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
     other.chat_template = (GOLDEN / FILES["glm-5.2"]).read_text(encoding="utf-8")
