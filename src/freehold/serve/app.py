@@ -20,7 +20,7 @@ from freehold.serve import chat, completions, operate, tokenize
 from freehold.serve.access import Guard
 from freehold.serve.openapi import Operation, document
 from freehold.serve.state import ServerState
-from freehold.serve.wire import encode_json, error_headers, error_response, error_status, json_response
+from freehold.serve.wire import encode_json, error_headers, error_response, error_status, json_response, log_failure
 
 logger = logging.getLogger("freehold.serve")
 
@@ -67,6 +67,8 @@ def build_app(state: ServerState, *, on_warm: Callable[[Exception | None], None]
 async def _handle_error(by_path: dict[str, Operation], request: Request, error: Exception) -> Response:
     path = request.scope["path"]
     operation = by_path.get(path)
+    if isinstance(error, FreeholdError):  # the server logs the others
+        log_failure(f"{request.method} {path}", error)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, f"no {request.method} {path} here; see /openapi.json", error.headers)
     if operation is None or isinstance(error, ClientDisconnect):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -44,7 +45,9 @@ def routes(state: ServerState) -> list[Route]:
         ask = decoded.value
         model = state.resolve_model(ask.model)
         turn = to_turn(ask, state)
-        prepared = await in_thread_if_large(body.size, state.chat.prepare, turn)
+        # Compiling a grammar takes as long as it takes, however short the request.
+        weight = body.size if turn.response_format is None and turn.tool_choice in ("auto", "none") else inf
+        prepared = await in_thread_if_large(weight, state.chat.prepare, turn)
         warnings = (*decoded.warnings, *prepared.warnings)
         reply = Reply(new_id("chatcmpl-"), int(time.time()), model, logprobs=bool(ask.logprobs))
         streams = await open_streams(state, prepared, ask.n or 1, reply.id)

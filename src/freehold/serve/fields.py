@@ -78,6 +78,7 @@ ENGINE_EXTENSIONS: Mapping[str, Rule] = {
     "logits_processors": refuse("code is not accepted in requests", []),
     "priority": PRIORITY,
     "request_id": ignore("the server makes its own ids; see the `x-request-id` response header"),
+    "return_token_ids": refuse("use /tokenize for the prompt, and logprobs for the answer", False),
     "return_tokens_as_token_ids": refuse("tokens are returned as text and bytes", False),
     "skip_special_tokens": refuse("special tokens are always left out of the text", True),
     "spaces_between_special_tokens": ignore("special tokens are left out of the text", True, False),

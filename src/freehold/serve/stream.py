@@ -10,7 +10,6 @@ the disconnect and also sends keep-alive comments through long prefills.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,10 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from freehold.errors import FreeholdError
-from freehold.serve.wire import common_headers, encode_json, error_body
-
-logger = logging.getLogger("freehold.serve")
+from freehold.serve.wire import common_headers, encode_json, error_body, log_failure
 
 T = TypeVar("T")
 
@@ -148,8 +144,7 @@ class EventStream(Response):
                 except Exception as error:
                     if not started:
                         raise
-                    if not isinstance(error, FreeholdError):
-                        logger.exception("a stream failed")
+                    log_failure(f"{scope['method']} {scope['path']}", error)
                     await write(self._error_frame(error))
                 finally:
                     await self._frames.aclose()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ from freehold.serve.fields import FIELDS, REFUSED_VALUES, Action, Rule
 WARNING_HEADER = "x-freehold-warning"
 REQUEST_ID_HEADER = "x-request-id"
 MAX_WARNING_BYTES = 2048  # proxies refuse long headers
+
+logger = logging.getLogger("freehold.serve")
 
 THREAD_ABOVE_BYTES = 32 * 1024  # takes milliseconds to tokenise
 
@@ -83,7 +86,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-async def in_thread_if_large(size: int, function: Callable[..., T], *args: Any) -> T:
+async def in_thread_if_large(size: float, function: Callable[..., T], *args: Any) -> T:
     """Call `function(*args)`; in a thread if its input of `size` bytes would hold up the event loop."""
     if size > THREAD_ABOVE_BYTES:
         return await asyncio.to_thread(function, *args)
@@ -254,6 +257,13 @@ def error_status(error: Exception) -> int:
             return error.status_code
         case _:
             return 500
+
+
+def log_failure(where: str, error: Exception) -> None:
+    """Log a failure that is not the caller's, with the traceback of what was not foreseen."""
+    if error_status(error) == 500:
+        unforeseen = error.__cause__ if isinstance(error, FreeholdError) else error
+        logger.error("%s: %s", where, error, exc_info=unforeseen)
 
 
 def error_response(request: Request, error: Exception) -> Response:
