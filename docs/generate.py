@@ -12,9 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import typer
 from typer.testing import CliRunner
 
 from freehold import errors
@@ -57,36 +55,52 @@ def replace_region(text: str, name: str, content: str) -> str:
 
 
 def cli_surface() -> str:
-    """One line for every command, argument and option, with its type and default: what must not change unnoticed."""
-    app = typer.main.get_command(build_app(load=COMMANDS))
-    lines = [f"freehold {surface_line(parameter)}" for parameter in app.params]
-    commands: Mapping[str, Any] = getattr(app, "commands")  # noqa: B009 (typer's group has it, its base has not)
-    for name, command in commands.items():
-        lines.append(f"freehold {name}")
-        lines += [f"freehold {name} {surface_line(parameter)}" for parameter in command.params]
+    """One line for every command, argument and option, with its type and default: what must not change unnoticed.
+
+    Read from the help, which is typer's public face; the texts are left out, they may change freely.
+    """
+    lines: list[str] = []
+    for words, text in help_pages(width=200):
+        lines.append(" ".join(["freehold", *words]))
+        lines += [" ".join(["freehold", *words, entry]) for entry in surface_lines(text)]
     return "\n".join(lines) + "\n"
 
 
-def surface_line(parameter: Any) -> str:
-    """`--port INTEGER = 8000` for an option, `DIRECTORY = None` for an argument."""
-    names = parameter.opts + parameter.secondary_opts if parameter.param_type_name == "option" else [parameter.name]
-    flag = getattr(parameter, "is_flag", False)
-    kind = "" if flag else f" {parameter.type.name}{' (repeatable)' if parameter.multiple else ''}"
-    choices = getattr(parameter.type, "choices", None)
-    if choices:
-        kind += f" [{'|'.join(str(getattr(choice, 'value', choice)) for choice in choices)}]"
-    return f"{' / '.join(names)}{kind}" + (" (required)" if parameter.required else f" = {parameter.default!r}")
+def surface_lines(text: str) -> Iterator[str]:
+    """The entries of the sections Arguments and Options of a help page, without their explanations."""
+    in_section = False
+    entries: list[str] = []
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            in_section = line in ("Arguments:", "Options:")
+        elif in_section and re.match(r"  \S", line):
+            entries.append(line)
+        elif in_section and line:
+            entries[-1] += "  " + line.strip()  # a long name has its explanation on the next lines
+    for entry in entries:
+        name, _, explanation = entry.strip().partition("  ")
+        facts = re.findall(r"\[(?:default: |required|[\d.x]+[<>]).*?\](?=\s|$)", explanation)
+        if name != "-h, --help":
+            yield " ".join([name, *facts])
+
+
+def help_pages(width: int) -> Iterator[tuple[list[str], str]]:
+    """The words of each command, and its help."""
+    runner, app = CliRunner(), build_app(load=COMMANDS)
+    for words in ([], *([name] for name in COMMANDS)):
+        result = runner.invoke(
+            app, [*words, "--help"], prog_name="freehold", terminal_width=width, max_content_width=width
+        )
+        if result.exit_code != 0:
+            raise RuntimeError(f"freehold {' '.join(words)} --help failed: {result.output}{result.exception}")
+        yield words, result.output
 
 
 def cli_reference() -> str:
     """The help of every command, as a page."""
-    runner, app = CliRunner(), build_app(load=COMMANDS)
     parts = [NOTE.format(source="the command line's own help") + "# Command line\n"]
-    for words in ([], *([name] for name in COMMANDS)):
-        result = runner.invoke(app, [*words, "--help"], prog_name="freehold", terminal_width=100)
-        if result.exit_code != 0:
-            raise RuntimeError(f"freehold {' '.join(words)} --help failed: {result.output}")
-        parts.append(f"## freehold {' '.join(words)}".rstrip() + f"\n\n```text\n{result.output.strip()}\n```\n")
+    for words, text in help_pages(width=100):
+        parts.append(f"## {' '.join(['freehold', *words])}\n\n```text\n{text.strip()}\n```\n")
     return "\n".join(parts)
 
 
