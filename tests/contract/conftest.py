@@ -24,7 +24,13 @@ class LiveServer:
     """A server that runs until `stop`. What happens inside is visible: stats, and tasks of its event loop."""
 
     def __init__(
-        self, sim: SimConfig | None = None, *, api_keys: tuple[str, ...] = (), warm: bool = True, **engine_options: Any
+        self,
+        sim: SimConfig | None = None,
+        *,
+        profile: str = "glm-5.2",
+        api_keys: tuple[str, ...] = (),
+        warm: bool = True,
+        **engine_options: Any,
     ) -> None:
         engine, tokenizer = build_sim_engine(sim, **engine_options)
         sock, loopback = open_socket("127.0.0.1", 0, has_keys=bool(api_keys))
@@ -32,7 +38,7 @@ class LiveServer:
         self.state = build_state(
             engine,
             tokenizer,
-            ChatTemplate.builtin(),
+            ChatTemplate.builtin(profile),
             api_keys=api_keys,
             loopback=loopback,
             model_names=("sim", "alias"),

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from freehold.errors import FreeholdError
-from freehold.serve import chat, completions, operate, tokenize
+from freehold.serve import chat, completions, messages, operate, responses, tokenize
 from freehold.serve.access import Guard
 from freehold.serve.openapi import Operation, document
 from freehold.serve.state import ServerState
@@ -25,7 +25,7 @@ from freehold.serve.wire import encode_json, error_headers, error_response, erro
 logger = logging.getLogger("freehold.serve")
 
 # Each has OPERATIONS and routes(state).
-API_MODULES = (chat, completions, tokenize, operate)
+API_MODULES = (chat, completions, responses, messages, tokenize, operate)
 
 
 def operations() -> list[Operation]:

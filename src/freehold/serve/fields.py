@@ -58,6 +58,11 @@ BREAKPOINT = ignore("the prefix cache is automatic and needs no breakpoints", {}
 MODERATION = refuse("there is no moderation model here")
 PRIORITY = ignore("requests are served in order of arrival", 0)
 OBFUSCATION = ignore("stream chunks are not padded", False)
+NO_VERBOSITY = ignore("the model has no verbosity control; ask for it in a message", "medium")
+NO_SUMMARY = ignore("reasoning is returned in full, not summarised")
+CALLED_BY_MODEL = refuse("only the model itself calls tools", ["direct"])
+CALLER = ignore("only the model itself calls tools", {"type": "direct"})
+NO_CITATIONS = ignore("the model does not see citations", [])
 NO_SUFFIX = refuse("fill-in-the-middle is not supported; put the suffix into the prompt", "")
 ONE_TIER_SPEED = ignore("there is one speed", "standard")
 
@@ -138,7 +143,7 @@ CHAT: Mapping[str, Rule] = {
     "tool_stream": ignore("tool calls are always streamed as they are written", True, False),
     "user": IDENTIFIER,
     "user_id": IDENTIFIER,
-    "verbosity": ignore("the model has no verbosity control; ask for it in a message", "medium"),
+    "verbosity": NO_VERBOSITY,
     "web_search_options": refuse("there is no web search here"),
 }
 
@@ -171,6 +176,11 @@ RESPONSES: Mapping[str, Rule] = {
     "context_management": refuse("conversations are never shortened", []),
     "conversation": refuse("nothing is stored here; send the whole conversation in `input`"),
     "image": ignore("the model is text only", {}),
+    "input[].async": ignore("every call waits for its output", False),
+    "input[].caller": CALLER,
+    "input[].namespace": ignore("functions have no namespaces here"),
+    "input[].content[].prompt_cache_breakpoint": BREAKPOINT,
+    "input[].output[].prompt_cache_breakpoint": BREAKPOINT,
     "max_tool_calls": ignore("there are no built-in tools to count"),
     "moderation": MODERATION,
     "previous_response_id": refuse("nothing is stored here; send the whole conversation in `input`"),
@@ -178,10 +188,18 @@ RESPONSES: Mapping[str, Rule] = {
     "prompt_cache_key": CACHE_HINT,
     "prompt_cache_options": CACHE_HINT,
     "prompt_cache_retention": CACHE_HINT,
+    "reasoning.generate_summary": NO_SUMMARY,
+    "reasoning.mode": refuse("there is one mode", "standard"),
+    "reasoning.summary": NO_SUMMARY,
     "safety_identifier": IDENTIFIER,
     "service_tier": TIER,
     "store": NOT_STORED,
     "stream_options.include_obfuscation": OBFUSCATION,
+    "text.verbosity": NO_VERBOSITY,
+    "tools[].allowed_callers": CALLED_BY_MODEL,
+    "tools[].async": ignore("every call waits for its output", False),
+    "tools[].defer_loading": refuse("there is no tool search here", False),
+    "tools[].output_schema": ignore("the chat format has no place for what a tool returns"),
     "truncation": refuse("prompts are never shortened", "disabled"),
     "user": IDENTIFIER,
 }
@@ -192,16 +210,29 @@ MESSAGES: Mapping[str, Rule] = {
     "cache_control": BREAKPOINT,
     "compaction": refuse("conversations are never shortened"),
     "container": refuse("there are no containers here"),
-    "context_management": refuse("conversations are never shortened", {}),
     "diagnostics": ignore("there are no request diagnostics here", {}),
     "fallback_credit_token": ignore("nothing is billed here"),
     "fallbacks": ignore("there is one model", []),
     "inference_geo": ignore("requests are answered on this machine"),
     "mcp_servers": refuse("there are no server-side tools here", []),
+    "messages[].content[].cache_control": BREAKPOINT,
+    "messages[].content[].caller": CALLER,
+    "messages[].content[].citations": NO_CITATIONS,
+    "messages[].content[].content[].cache_control": BREAKPOINT,
+    "messages[].content[].content[].citations": NO_CITATIONS,
+    "messages[].content[].toolset_name": ignore("there are no toolsets here"),
     "metadata": IDENTIFIER,
+    "output_config.task_budget": ignore("the model cannot be held to a budget; use max_tokens"),
     "service_tier": TIER,
     "speed": ONE_TIER_SPEED,
+    "system[].cache_control": BREAKPOINT,
+    "system[].citations": NO_CITATIONS,
     "thread": refuse("nothing is stored here; send the whole conversation in `messages`"),
+    "thinking.block_binding": ignore("thinking blocks are not checked here", {}),
+    "tools[].allowed_callers": CALLED_BY_MODEL,
+    "tools[].cache_control": BREAKPOINT,
+    "tools[].eager_input_streaming": ignore("arguments are always streamed as they are written", True, False),
+    "tools[].input_examples": ignore("the chat format has no place for examples; describe them", []),
     "user_profile_id": IDENTIFIER,
     "workspace_id": ignore("there is one workspace"),
 }
