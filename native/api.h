@@ -25,7 +25,7 @@ FH_API int fh_linear(void* context, int kind, void* out, int64_t out_row, const 
 FH_API int fh_swiglu(void* context, void* out, const void* x, int64_t x_row, int64_t rows, const void* gate,
                      int64_t gate_row, const void* up, int64_t up_row, int64_t width, const void* down,
                      int64_t down_row, int64_t hidden);
-// At most 16 rows. ids int64 and weights fp32 are [rows, top_k], contiguous.
+// ids int64 and weights fp32 are [rows, top_k], contiguous.
 FH_API int fh_experts(void* context, void* out, const void* x, int64_t x_row, int64_t rows, const int64_t* ids,
                       const float* weights, int64_t top_k, int64_t experts, const void* gate_up,
                       int64_t gate_up_expert, const void* down, int64_t down_expert, int64_t hidden, int64_t width);
@@ -56,9 +56,3 @@ FH_API int fh_absorb(void* context, void* out, const void* query, int64_t query_
 // out [rows, heads · value] = mixed [rows, heads, rank] · W_UVᵀ; both contiguous.
 FH_API int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows, int64_t heads, int64_t nope,
                        int64_t value, int64_t rank, const void* kv_b, int64_t kv_b_row);
-// out[t][i] = silu(gate[t][i]) · up[t][i]; out is contiguous.
-FH_API int fh_silu_mul(void* context, void* out, const void* gate, int64_t gate_row, const void* up, int64_t up_row,
-                       int64_t rows, int64_t width);
-// out[t] = Σ_x weights[t][x] · parts[where[t][x]], parts and out contiguous.
-FH_API int fh_combine(void* context, void* out, const void* parts, const int64_t* where, const float* weights,
-                      int64_t rows, int64_t top_k, int64_t hidden);

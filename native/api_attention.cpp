@@ -171,20 +171,35 @@ int fh_attend(void* context, void* out, const void* query, int64_t query_row, in
   });
 }
 
+namespace {
+
+// Calls fn(head, first row, last row) for all heads, and blocks of rows when there are many.
+template <class Fn>
+void by_head(Context& c, int64_t heads, int64_t rows, int64_t cost, Fn fn) {
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  c.ranges(heads * blocks, 1, cost * (1 + smaller(rows, kBlock) / 4), [&](int64_t first, int64_t last, int) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = unit % blocks * kBlock;
+      fn(unit / blocks, row, smaller(row + kBlock, rows));
+    }
+  });
+}
+
+}  // namespace
+
 int fh_absorb(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
               int64_t heads, int64_t nope, int64_t rope, const void* kv_b, int64_t kv_b_row, int64_t value,
               int64_t rank) {
   return freehold::call(context, [&](Context& c) {
-    const bf16 *q = static_cast<const bf16*>(query), *up = static_cast<const bf16*>(kv_b);
-    bf16* y = static_cast<bf16*>(out);
     const int64_t head = rank + rope, row = heads * head;
-    c.ranges(heads, 1, nope * rank * 2 * (1 + rows / 4), [&](int64_t first, int64_t last, int) {
-      for (int64_t h = first; h < last; ++h) {
-        c.kernels.absorb(y + h * head, row, q + h * query_head, query_row, up + h * (nope + value) * kv_b_row,
-                         kv_b_row, rows, nope, rank);
-        for (int64_t r = 0; r < rows; ++r)
-          std::memcpy(y + r * row + h * head + rank, q + r * query_row + h * query_head + nope, size_t(rope) * 2);
-      }
+    by_head(c, heads, rows, nope * rank * 2, [&](int64_t h, int64_t first, int64_t last) {
+      const bf16* q = static_cast<const bf16*>(query) + first * query_row + h * query_head;
+      const bf16* up = static_cast<const bf16*>(kv_b) + h * (nope + value) * kv_b_row;
+      bf16* y = static_cast<bf16*>(out) + first * row + h * head;
+      c.kernels.absorb(y, row, q, query_row, up, kv_b_row, last - first, nope, rank);
+      for (int64_t r = 0; r < last - first; ++r)
+        std::memcpy(y + r * row + rank, q + r * query_row + nope, size_t(rope) * 2);
     });
   });
 }
@@ -192,20 +207,15 @@ int fh_absorb(void* context, void* out, const void* query, int64_t query_row, in
 int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows, int64_t heads, int64_t nope, int64_t value,
                 int64_t rank, const void* kv_b, int64_t kv_b_row) {
   return freehold::call(context, [&](Context& c) {
-    c.ranges(heads, 1, value * rank * 2 * (1 + rows / 4), [&](int64_t first, int64_t last, int) {
-      for (int64_t h = first; h < last; ++h) {
-        const bf16* weight = static_cast<const bf16*>(kv_b) + (h * (nope + value) + nope) * kv_b_row;
-        for (int64_t row = 0; row < rows; row += freehold::kRows) {
-          const void* xs[freehold::kRows];
-          void* outs[freehold::kRows];
-          const int64_t n = smaller(freehold::kRows, rows - row);
-          for (int64_t m = 0; m < n; ++m) {
-            xs[m] = static_cast<const bf16*>(mixed) + ((row + m) * heads + h) * rank;
-            outs[m] = static_cast<bf16*>(out) + (row + m) * heads * value + h * value;
-          }
-          c.kernels.linear({weight, kv_b_row, rank, xs, outs, n, nullptr, false, false}, 0, value);
-        }
+    by_head(c, heads, rows, value * rank * 2, [&](int64_t h, int64_t first, int64_t last) {
+      const bf16* weight = static_cast<const bf16*>(kv_b) + (h * (nope + value) + nope) * kv_b_row;
+      const void* xs[64];
+      void* outs[64];
+      for (int64_t row = first; row < last; ++row) {
+        xs[row - first] = static_cast<const bf16*>(mixed) + (row * heads + h) * rank;
+        outs[row - first] = static_cast<bf16*>(out) + (row * heads + h) * value;
       }
+      c.kernels.linear({weight, kv_b_row, rank, xs, outs, last - first, nullptr, false, false}, 0, value);
     });
   });
 }

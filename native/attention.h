@@ -2,55 +2,47 @@
 #pragma once
 
 #include "dot.h"
+#include "pack.h"
 
 namespace {
 
 using freehold::AttendArgs;
 using freehold::kAttendChunk;
 
-constexpr int kMixRows = FH_512 ? 8 : 3;
+constexpr int kMixRows = FH_512 ? 8 : 4;
 
-// low/high[m] += Σ_k p[m][k] · rows[k][column ..], two rows at a time so that bf16 pairs multiply at once.
-// p holds pairs (k, k+1): the one of pair i and output m is at p + i·pair_stride + m·row_stride.
+// low/high[m] = Σ_k p[m][k] · rows[k][column ..], two rows at a time so that bf16 pairs multiply at once.
+// p[k / 2][W][2] holds the weights in pairs, a vector of outputs side by side; an odd last pair ends with 0.
 template <int M>
-FH_INLINE void mix_tile(const bf16* const* rows, int64_t count, const bf16* p, int64_t pair_stride, int64_t row_stride,
-                        int64_t column, int64_t n, F* low, F* high) {
-  for (int m = 0; m < M; ++m) low[m] = high[m] = zero();
-  int64_t k = 0;
-  for (; k + 2 <= count; k += 2) {
-    B a, b;
-    if (n == 2 * W) {
-      a = load(rows[k] + column), b = load(rows[k + 1] + column);
-    } else {
-      a = load(rows[k] + column, n), b = load(rows[k + 1] + column, n);
-    }
+FH_INLINE void mix_tile(const bf16* const* rows, int64_t count, const bf16* p, int64_t column, int64_t n, F* low,
+                        F* high) {
+  F sums[M][2];
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = zero();
+  const auto add_pair = [&](B a, B b, const bf16* weights) __attribute__((always_inline)) {
     const B ab_low = low_pairs(a, b), ab_high = high_pairs(a, b);
     for (int m = 0; m < M; ++m) {
-      const B w = pair(p + (k >> 1) * pair_stride + m * row_stride);
-      low[m] = dp(low[m], ab_low, w);
-      high[m] = dp(high[m], ab_high, w);
+      const B w = pair(weights + 2 * m);
+      sums[m][0] = dp(sums[m][0], ab_low, w);
+      sums[m][1] = dp(sums[m][1], ab_high, w);
     }
+  };
+  int64_t k = 0;
+  if (n == 2 * W) {
+    for (; k + 2 <= count; k += 2) add_pair(load(rows[k] + column), load(rows[k + 1] + column), p + k * W);
+  } else {
+    for (; k + 2 <= count; k += 2) add_pair(load(rows[k] + column, n), load(rows[k + 1] + column, n), p + k * W);
   }
-  if (k < count) {  // an odd last row: its partner is zero, and so is its partner's weight
-    const B a = load(rows[k] + column, n);
-    const B ab_low = low_pairs(a, B{}), ab_high = high_pairs(a, B{});
-    for (int m = 0; m < M; ++m) {
-      const bf16 last[2] = {p[(k >> 1) * pair_stride + m * row_stride], 0};
-      const B w = pair(last);
-      low[m] = dp(low[m], ab_low, w);
-      high[m] = dp(high[m], ab_high, w);
-    }
-  }
+  if (k < count) add_pair(load(rows[k] + column, n), B{}, p + k * W);
+  for (int m = 0; m < M; ++m) low[m] = sums[m][0], high[m] = sums[m][1];
 }
 
-// emit(m, column, values, how many) for all outputs of all columns.
+// emit(m, column, values, how many) for up to W outputs and all columns.
 template <class Emit>
-FH_INLINE void mix(const bf16* const* rows, int64_t count, const bf16* p, int64_t pair_stride, int64_t row_stride,
-                   int64_t outputs, int64_t columns, Emit emit) {
+FH_INLINE void mix(const bf16* const* rows, int64_t count, const bf16* p, int64_t outputs, int64_t columns, Emit emit) {
   F low[kMixRows], high[kMixRows];
   for (int64_t c = 0; c < columns; c += 2 * W) {
     const int64_t n = min64(2 * W, columns - c);
-    auto put_out = [&](int64_t m, int k) {
+    const auto put_out = [&](int64_t m, int k) {
       F first, second;
       consecutive(low[k], high[k], &first, &second);
       emit(m, c, first, min64(W, n));
@@ -58,35 +50,49 @@ FH_INLINE void mix(const bf16* const* rows, int64_t count, const bf16* p, int64_
     };
     int64_t m = 0;
     for (; m + kMixRows <= outputs; m += kMixRows) {
-      mix_tile<kMixRows>(rows, count, p + m * row_stride, pair_stride, row_stride, c, n, low, high);
+      mix_tile<kMixRows>(rows, count, p + 2 * m, c, n, low, high);
       for (int k = 0; k < kMixRows; ++k) put_out(m + k, k);
     }
     for (; m < outputs; ++m) {
-      mix_tile<1>(rows, count, p + m * row_stride, pair_stride, row_stride, c, n, low, high);
+      mix_tile<1>(rows, count, p + 2 * m, c, n, low, high);
       put_out(m, 0);
     }
   }
 }
 
+constexpr int64_t kMostNope = 512;  // rows of W_UK that one call takes; the Python side checks it
+
 void absorb(bf16* out, int64_t out_row, const bf16* query, int64_t query_row, const bf16* up, int64_t up_stride,
             int64_t rows, int64_t nope, int64_t rank) {
-  constexpr int64_t kMost = 512;  // rows of W_UK taken at once; more would need a second, separate sum
-  const bf16* w[kMost];
+  const bf16* w[kMostNope];
+  alignas(64) bf16 packed[(kMostNope / 2 + 1) * 2 * W];
   for (int64_t a = 0; a < nope; ++a) w[a] = up + a * up_stride;
-  mix(w, nope, query, 2, query_row, rows, rank,
-      [&](int64_t m, int64_t c, F v, int64_t n) { narrow(out + m * out_row + c, v, n); });
+  for (int64_t r = 0; r < rows; r += W) {
+    const bf16* q[W];
+    const int64_t n = min64(W, rows - r);
+    for (int64_t k = 0; k < W; ++k) q[k] = query + (r + min64(k, n - 1)) * query_row;
+    pack_rows(q, nope, packed, 2 * W);
+    mix(w, nope, packed, n, rank,
+        [&](int64_t m, int64_t c, F v, int64_t k) { put_lanes(out + (r + m) * out_row + c, v, k); });
+  }
 }
 
 // One chunk of one row: maxima, sums and unnormalised outputs of every head.
 void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* scratch) {
-  const int64_t heads = a.heads, pairs = kAttendChunk / 2;
+  const int64_t heads = a.heads;
   float* scores = reinterpret_cast<float*>(scratch);                        // [heads][chunk]
-  bf16* p = reinterpret_cast<bf16*>(scores + heads * kAttendChunk);         // [chunk/2][heads][2]
-  const bf16** rows = reinterpret_cast<const bf16**>(p + heads * kAttendChunk);
+  bf16* p = reinterpret_cast<bf16*>(scores + heads * kAttendChunk);         // [heads][chunk]
+  bf16* packed = p + heads * kAttendChunk;                                  // [chunk/2][W][2]
+  const bf16** rows = reinterpret_cast<const bf16**>(packed + kAttendChunk * W);
   const int64_t first = chunk * kAttendChunk, end = min64(first + kAttendChunk, a.count);
   int64_t count = 0;
   for (int64_t k = first; k < end; ++k)
-    if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0) rows[count++] = a.latent + slot * a.latent_stride;
+    if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0) {
+      // Selected rows lie anywhere: all are asked for at once, before the first is needed.
+      const bf16* latent = a.latent + slot * a.latent_stride;
+      for (int64_t i = 0; i < a.latent_dim; i += 32) prefetch(latent + i);
+      rows[count++] = latent;
+    }
   const bf16* query = a.query + row * a.query_row;
   for (int64_t k = 0; k < count; k += 4) {
     const bf16* w[4];
@@ -102,25 +108,30 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
   }
   for (int64_t h = 0; h < heads; ++h) {
     float* s = scores + h * kAttendChunk;
-    float top = -__builtin_inff();
-    for (int64_t k = 0; k < count; ++k) top = s[k] > top ? s[k] : top;
+    for (int64_t k = count; k < (count + W - 1) / W * W; ++k) s[k] = -__builtin_inff();
+    F highest = all(-__builtin_inff());
+    for (int64_t k = 0; k < count; k += W) highest = max(load(s + k), highest);
+    const float top = largest(highest);
     // Where every score is -inf the weights must be 0, not exp(-inf + inf).
     const F shift = all(top == -__builtin_inff() ? 0.0f : top);
     F total = zero();
     for (int64_t k = 0; k < count; k += W) {
-      const int64_t n = min64(W, count - k);
-      F e = exp(sub(load(s + k, n), shift));
-      store(s + k, e, n);
-      total = add(total, load(s + k, n));
+      const F e = exp(sub(load(s + k), shift));
+      narrow(p + h * kAttendChunk + k, e);
+      total = add(total, e);
     }
-    for (int64_t k = 0; k < count; ++k) p[((k >> 1) * heads + h) * 2 + (k & 1)] = narrow(s[k]);
     part[h] = top;
     part[heads + h] = sum(total);
   }
-  (void)pairs;
   float* out = part + 2 * heads;
-  mix(rows, count, p, 2 * heads, 2, heads, a.rank,
-      [&](int64_t h, int64_t c, F v, int64_t n) { store(out + h * a.rank + c, v, n); });
+  for (int64_t h = 0; h < heads; h += W) {
+    const bf16* weights[W];
+    const int64_t n = min64(W, heads - h);
+    for (int64_t k = 0; k < W; ++k) weights[k] = p + (h + min64(k, n - 1)) * kAttendChunk;
+    pack_rows(weights, count, packed, 2 * W);
+    mix(rows, count, packed, n, a.rank,
+        [&](int64_t m, int64_t c, F v, int64_t k) { put_lanes(out + (h + m) * a.rank + c, v, k); });
+  }
 }
 
 // into ← into ⊕ part: both are rescaled to the greater maximum.

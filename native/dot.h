@@ -105,9 +105,9 @@ void linear_range(const freehold::LinearArgs& a, int64_t first, int64_t last) {
     four_rows(static_cast<const T*>(a.weight), a.weight_stride, o, last, w);
     if (bias != nullptr) {
       const __m128 b = get(bias + o, n);
-      dot_rows<T>(w, x, a.rows, a.inner, [&](int64_t m, __m128 v) { put(out[m] + o, _mm_add_ps(v, b), n); });
+      dot_rows<T>(w, x, a.rows, a.inner, [&](int64_t m, __m128 v) { put(out[m] + (o - a.out_first), _mm_add_ps(v, b), n); });
     } else {
-      dot_rows<T>(w, x, a.rows, a.inner, [&](int64_t m, __m128 v) { put(out[m] + o, v, n); });
+      dot_rows<T>(w, x, a.rows, a.inner, [&](int64_t m, __m128 v) { put(out[m] + (o - a.out_first), v, n); });
     }
   }
 }
@@ -138,20 +138,11 @@ void gated(const freehold::GatedArgs& a, int64_t first, int64_t last) {
   }
 }
 
-void combine(bf16* out, const float* const* parts, const float* weights, int64_t count, int64_t first, int64_t last) {
-  for (int64_t h = first; h < last; h += W) {
-    const int64_t n = min64(W, last - h);
-    F total = zero();
-    for (int64_t x = 0; x < count; ++x) total = fma(all(weights[x]), load(parts[x] + h, n), total);
-    narrow(out + h, total, n);
-  }
-}
-
-void combine_bf16(bf16* out, const bf16* const* parts, const float* weights, int64_t count, int64_t size) {
+void combine(bf16* out, const float* const* parts, const float* weights, int64_t count, int64_t size) {
   for (int64_t h = 0; h < size; h += W) {
     const int64_t n = min64(W, size - h);
     F total = zero();
-    for (int64_t x = 0; x < count; ++x) total = fma(all(weights[x]), widen(parts[x] + h, n), total);
+    for (int64_t x = 0; x < count; ++x) total = fma(all(weights[x]), load(parts[x] + h, n), total);
     narrow(out + h, total, n);
   }
 }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "dot.h"
+#include "gemm.h"
 #include "rows.h"
 #include "select.h"
 #include "vector.h"
@@ -16,8 +17,8 @@ namespace freehold {
 
 extern const Kernels FH_JOIN(kernels_, FH_ISA);
 const Kernels FH_JOIN(kernels_, FH_ISA) = {
-    FH_TEXT(FH_ISA), ::kTile, ::linear, ::gated, ::combine, ::absorb,   ::attend,   ::merge, ::finish,
-    ::score,         ::keep,  ::norm,   ::rope,  ::route,   ::combine_bf16, ::silu_mul,
+    FH_TEXT(FH_ISA), W, ::kTile, ::linear, ::gated, ::gemm, ::gemm_gated, ::combine, ::absorb,   ::attend,   ::merge, ::finish,
+    ::score,         ::keep,  ::norm,   ::rope,  ::route,
 };
 
 }  // namespace freehold

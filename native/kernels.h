@@ -21,6 +21,7 @@ struct LinearArgs {
   const void* bias;  // same type as the output, or null
   bool fp32;         // x and weight are fp32, else bf16
   bool out_fp32;
+  int64_t out_first = 0;  // the output that out[m][0] is (0 but for gemm into a buffer)
 };
 
 // act[m][i] = silu(x[m] · gate[i]) · (x[m] · up[i]), bf16.
@@ -95,13 +96,16 @@ struct RouteArgs {
 
 struct Kernels {
   const char* name;
+  int64_t lanes;        // outputs of one vector
   int64_t select_tile;  // keys of one packed tile
 
   void (*linear)(const LinearArgs&, int64_t first, int64_t last);
   void (*gated)(const GatedArgs&, int64_t first, int64_t last);
+  // The same for many rows: bf16, no bias; packed: gemm_scratch() bytes. Sums in another order than the two above.
+  void (*gemm)(const LinearArgs&, int64_t first, int64_t last, bf16* packed);
+  void (*gemm_gated)(const GatedArgs&, int64_t first, int64_t last, bf16* packed);
   // out[h] = Σ_x weights[x] · parts[x][h] in fp32, rounded once.
-  void (*combine)(bf16* out, const float* const* parts, const float* weights, int64_t count, int64_t first,
-                  int64_t last);
+  void (*combine)(bf16* out, const float* const* parts, const float* weights, int64_t count, int64_t size);
   // out[r][v] = Σ_a query[r][a] · up[a][v] for one head.
   void (*absorb)(bf16* out, int64_t out_row, const bf16* query, int64_t query_row, const bf16* up, int64_t up_stride,
                  int64_t rows, int64_t nope, int64_t rank);
@@ -116,12 +120,12 @@ struct Kernels {
   void (*norm)(const NormArgs&, int64_t row, bf16* out);
   void (*rope)(const RopeArgs&, int64_t row, bf16* out, int64_t out_head);
   void (*route)(const RouteArgs&, int64_t first, int64_t last, int64_t* ids, float* weights, float* scratch);
-  void (*combine_bf16)(bf16* out, const bf16* const* parts, const float* weights, int64_t count, int64_t size);
-  void (*silu_mul)(bf16* out, const bf16* gate, const bf16* up, int64_t size);
 };
 
 inline int64_t attend_part(int64_t heads, int64_t rank) { return heads * (2 + rank); }
-inline int64_t attend_scratch(int64_t heads) { return kAttendChunk * (heads * 8 + 16) + 256; }
+inline int64_t attend_scratch(int64_t heads) { return kAttendChunk * (heads * 6 + 32 + 8) + 256; }
+
+inline int64_t gemm_scratch(int64_t inner) { return (inner + 1) / 2 * 128 + 64; }
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 

@@ -1,4 +1,4 @@
-// Norms, rotary embedding, the router and elementwise pieces: a row at a time, in fp32, rounded where the reference is.
+// Norms, rotary embedding and the router: a row at a time, in fp32, rounded where the reference is.
 #pragma once
 
 #include "dot.h"
@@ -20,9 +20,7 @@ void rms_norm_row(const bf16* x, const bf16* weight, int64_t size, float eps, bf
   for (int64_t i = 0; i < size; i += W) {
     const int64_t n = min64(W, size - i);
     // The normed value is rounded before the weight multiplies it.
-    alignas(64) bf16 normed[W];
-    narrow(normed, mul(widen(x + i, n), scale));
-    narrow(out + i, mul(widen(weight + i, n), widen(normed)), n);
+    narrow(out + i, mul(widen(weight + i, n), round_bf16(mul(widen(x + i, n), scale))), n);
   }
 }
 
@@ -107,13 +105,6 @@ void route(const RouteArgs& a, int64_t first, int64_t last, int64_t* ids, float*
       store(scores + e, sigmoid(load(scores + e, n)), n);
     }
     route_row(a, scores, ids + (first + m) * a.top_k, weights + (first + m) * a.top_k, keys);
-  }
-}
-
-void silu_mul(bf16* out, const bf16* gate, const bf16* up, int64_t size) {
-  for (int64_t i = 0; i < size; i += W) {
-    const int64_t n = min64(W, size - i);
-    narrow(out + i, mul(silu(widen(gate + i, n)), widen(up + i, n)), n);
   }
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "dot.h"
+#include "pack.h"
 
 namespace {
 
@@ -15,74 +16,18 @@ constexpr int kVectors = 4;
 constexpr int64_t kTile = kVectors * W;
 constexpr int kScoreHeads = FH_512 ? 4 : 2;
 
-// W rows of W 32-bit values each, transposed.
-#if FH_512
-FH_INLINE void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+// packed[d / 2][key][2] ← the keys of positions first .. first + count - 1. Lanes past the last key repeat it.
+FH_INLINE void pack_keys(const SelectArgs& a, int64_t first, int64_t count, bf16* packed) {
+  const bf16* key[kTile];
+  // Divisions are slow: positions are walked block by block.
+  int64_t block = first / a.block_size, offset = first % a.block_size, k = 0;
+  while (k < count) {
+    const bf16* base = a.keys + (a.table[block] * a.block_size + offset) * a.keys_stride;
+    for (const int64_t end = min64(count, k + a.block_size - offset); k < end; ++k, base += a.keys_stride) key[k] = base;
+    ++block, offset = 0;
   }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {  // r[4q + i]: columns i, 4+i, 8+i, 12+i of rows 4q..4q+3
-    const __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-FH_INLINE void store_bits(void* p, B x) { _mm512_storeu_si512(p, x); }
-#else
-FH_INLINE void transpose(__m256i* r) {
-  __m256i t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
-    t[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
-  }
-  for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
-FH_INLINE void store_bits(void* p, B x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
-#endif
-
-// packed[d / 2][key][2] ← the keys of positions first .. first + count - 1; missing keys are 0.
-FH_INLINE void pack(const SelectArgs& a, int64_t first, int64_t count, bf16* packed) {
-  for (int v = 0; v < kVectors; ++v) {
-    const bf16* key[W];
-    for (int k = 0; k < W; ++k) {
-      const int64_t position = min64(first + v * W + k, first + count - 1);
-      const int64_t slot = a.table[position / a.block_size] * a.block_size + position % a.block_size;
-      key[k] = a.keys + slot * a.keys_stride;
-    }
-    for (int64_t d = 0; d < a.dim; d += 2 * W) {
-      const int64_t n = min64(2 * W, a.dim - d);
-      B r[W];
-      if (n == 2 * W) {
-        for (int k = 0; k < W; ++k) r[k] = load(key[k] + d);
-      } else {
-        for (int k = 0; k < W; ++k) r[k] = load(key[k] + d, n);
-      }
-      transpose(r);
-      for (int64_t i = 0; i < n / 2; ++i) store_bits(packed + ((d / 2 + i) * kTile + v * W) * 2, r[i]);
-    }
-  }
+  for (; k < kTile; ++k) key[k] = key[count - 1];
+  for (int v = 0; v < kVectors; ++v) pack_rows(key + v * W, a.dim, packed + v * W * 2, kTile * 2);
 }
 
 template <int H>
@@ -216,7 +161,7 @@ void score(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, int64_
            bf16* packed) {
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int64_t keys = min64(kTile, last - tile);
-    pack(a, tile, keys, packed);
+    pack_keys(a, tile, keys, packed);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t seen = min64(keys, a.start + row + r + 1 - tile);
       if (seen <= 0) continue;

@@ -51,6 +51,8 @@ FH_INLINE bf16 narrow(float f) {
   return bf16((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+FH_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 #if FH_512
 
 constexpr int W = 16;
@@ -220,6 +222,31 @@ FH_INLINE float sum(F x) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+FH_INLINE float largest(F x) {  // of lanes without NaN
+#if FH_512
+  return _mm512_reduce_max_ps(x);
+#else
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+#endif
+}
+
+// x rounded to bf16 precision, as fp32; a NaN stays one.
+FH_INLINE F round_bf16(F x) {
+#if FH_512
+  const __m512i u = _mm512_castps_si512(x), bit = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), bit),
+                                     _mm512_set1_epi32(int(0xffff0000u)));
+  return _mm512_mask_mov_ps(_mm512_castsi512_ps(r), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+#else
+  const __m256i u = _mm256_castps_si256(x), bit = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), bit),
+                                     _mm256_set1_epi32(int(0xffff0000u)));
+  return _mm256_blendv_ps(_mm256_castsi256_ps(r), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+#endif
+}
+
 // Four fp32 → four bf16, rounded to nearest even.
 FH_INLINE void narrow4(bf16* p, __m128 x) {
   __m128i u = _mm_castps_si128(x);
@@ -229,6 +256,10 @@ FH_INLINE void narrow4(bf16* p, __m128 x) {
   r = _mm_srli_epi32(_mm_blendv_epi8(r, _mm_or_si128(u, _mm_set1_epi32(0x400000)), nan), 16);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(r, r));
 }
+
+// The first n lanes, n ≥ 1.
+FH_INLINE void put_lanes(float* p, F v, int64_t n) { n >= W ? store(p, v) : store(p, v, n); }
+FH_INLINE void put_lanes(bf16* p, F v, int64_t n) { n >= W ? narrow(p, v) : narrow(p, v, n); }
 
 // e^x within 2 ulp for every x: 0 below the smallest normal's logarithm, +inf above the largest's, NaN for NaN.
 // Source: range reduction by ln 2 in two parts (Cody and Waite 1980), Taylor polynomial of degree 7 on ±ln2/2.

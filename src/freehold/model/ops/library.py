@@ -35,12 +35,10 @@ _SIGNATURES = {
     "attend": "p pll l l pl l l p l l f",
     "absorb": "p pll l l l l pl l l",
     "unabsorb": "p p l l l l l pl",
-    "silu_mul": "p pl pl l l",
-    "combine": "p p p p l l l",
 }
 
 # Calls of a few microseconds keep the interpreter lock: giving it up and asking for it back would cost more.
-_SHORT = frozenset({"norm", "rope", "write", "route", "absorb", "unabsorb", "silu_mul", "combine"})
+_SHORT = frozenset({"norm", "rope", "write", "route", "absorb", "unabsorb"})
 
 
 class NativeUnavailable(Exception):
@@ -111,8 +109,6 @@ class Native:
         self.attend = bind("attend")
         self.absorb = bind("absorb")
         self.unabsorb = bind("unabsorb")
-        self.silu_mul = bind("silu_mul")
-        self.combine = bind("combine")
 
 
 def signatures() -> Sequence[str]:

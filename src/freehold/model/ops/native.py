@@ -82,24 +82,12 @@ class NativeOps(ReferenceOps):
         rows = x_TH.shape[0]
         if x_TH.dtype is not _BF16 or x_TH.dim() != 2 or rows == 0:
             return super().swiglu(x_TH, gate_IH, up_IH, down_HI)
-        if rows > SMALL_ROWS:
-            return F.linear(self._silu_mul(F.linear(x_TH, gate_IH), F.linear(x_TH, up_IH)), down_HI)
         x, gate, up, down = _dense(x_TH), _dense(gate_IH), _dense(up_IH), _dense(down_HI)
         width, hidden = gate.shape
         out = torch.empty((rows, hidden), dtype=_BF16)
         status = self._native.swiglu(
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, gate.data_ptr(), gate.stride(0),
             up.data_ptr(), up.stride(0), width, down.data_ptr(), down.stride(0), hidden,
-        )  # fmt: skip
-        self._check(status)
-        return out
-
-    def _silu_mul(self, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-        rows, width = gate_TI.shape
-        out = torch.empty((rows, width), dtype=_BF16)
-        status = self._native.silu_mul(
-            self._context, out.data_ptr(), gate_TI.data_ptr(), gate_TI.stride(0), up_TI.data_ptr(), up_TI.stride(0),
-            rows, width,
         )  # fmt: skip
         self._check(status)
         return out
@@ -215,8 +203,6 @@ class NativeOps(ReferenceOps):
             or not (ids_TX.is_contiguous() and weights_TX.is_contiguous())
         ):
             return super().experts(x_TH, ids_TX, weights_TX, gate_up_EIH, down_EHI)
-        if rows > SMALL_ROWS:
-            return self._many_experts(x_TH, ids_TX, weights_TX, gate_up_EIH, down_EHI)
         x = _dense(x_TH)
         experts, hidden, width = down_EHI.shape
         out = torch.empty((rows, hidden), dtype=_BF16)
@@ -224,34 +210,6 @@ class NativeOps(ReferenceOps):
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, ids_TX.data_ptr(), weights_TX.data_ptr(),
             chosen, experts, gate_up_EIH.data_ptr(), 2 * width * hidden, down_EHI.data_ptr(), hidden * width,
             hidden, width,
-        )  # fmt: skip
-        self._check(status)
-        return out
-
-    def _many_experts(
-        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
-    ) -> Tensor:
-        """Rows sorted by expert, one matrix multiplication an expert, sums gathered by place."""
-        rows, chosen = ids_TX.shape
-        experts, hidden, width = down_EHI.shape
-        flat = ids_TX.flatten()
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=experts).tolist()
-        gathered = x_TH[order // chosen]
-        parts = torch.empty((rows * chosen, hidden), dtype=_BF16)
-        first = 0
-        for expert, count in enumerate(counts):
-            if count:
-                both = F.linear(gathered[first : first + count], gate_up_EIH[expert])
-                act = self._silu_mul(both[:, :width], both[:, width:])
-                torch.mm(act, down_EHI[expert].T, out=parts[first : first + count])
-                first += count
-        place = torch.empty_like(order)
-        place[order] = torch.arange(rows * chosen)
-        out = torch.empty((rows, hidden), dtype=_BF16)
-        status = self._native.combine(
-            self._context, out.data_ptr(), parts.data_ptr(), place.data_ptr(), weights_TX.data_ptr(),
-            rows, chosen, hidden,
         )  # fmt: skip
         self._check(status)
         return out
@@ -284,7 +242,7 @@ class NativeOps(ReferenceOps):
 
     def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
         rows, heads, size = query_RNC.shape
-        if rows > SMALL_ROWS or query_RNC.dtype is not _BF16 or kv_b_OV.dtype is not _BF16 or nope > _MOST_NOPE:
+        if query_RNC.dtype is not _BF16 or kv_b_OV.dtype is not _BF16 or nope > _MOST_NOPE:
             return super().absorb(query_RNC, kv_b_OV, nope)
         query, kv_b = _dense(query_RNC), _dense(kv_b_OV)
         rank = kv_b.shape[1]
@@ -299,7 +257,7 @@ class NativeOps(ReferenceOps):
 
     def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
         rows, heads, rank = mixed_RNV.shape
-        if rows > SMALL_ROWS or mixed_RNV.dtype is not _BF16 or kv_b_OV.dtype is not _BF16:
+        if mixed_RNV.dtype is not _BF16 or kv_b_OV.dtype is not _BF16:
             return super().unabsorb(mixed_RNV, kv_b_OV, nope)
         mixed, kv_b = mixed_RNV.contiguous(), _dense(kv_b_OV)
         value = kv_b.shape[0] // heads - nope
