@@ -20,7 +20,7 @@ from freehold.errors import ConfigError, InsufficientMemory, InvalidRequest
 from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
-from freehold.model.ops.reference import ReferenceOps
+from freehold.model.ops.choose import OpsChoice, load_ops
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
@@ -49,6 +49,7 @@ class EngineOptions:
     enable_prefix_cache: bool = True
     threads: int | None = None
     verify: bool = False
+    ops: OpsChoice = "auto"
 
 
 def build_engine(
@@ -79,7 +80,8 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
         name = "bfloat16"  # the engine computes in bf16 or fp32; fp16 files are converted
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported (bfloat16 or float32)")
-    model = Glm(config, dtype=_DTYPES[name], ops=ReferenceOps()).requires_grad_(False).eval()
+    dtype = _DTYPES[name]
+    model = Glm(config, dtype=dtype, ops=load_ops(dtype, options.ops)).requires_grad_(False).eval()
     load_weights(model, directory, progress=progress, verify=options.verify)
     return model
 

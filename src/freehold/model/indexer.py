@@ -3,7 +3,7 @@
 Source: DeepSeek-V3.2 (sparse attention) and `transformers` 5.23 `GlmMoeDsaIndexer`; GLM rotates the first
 qk_rope_head_dim dims of query and key in interleaved pairs and applies no Hadamard transform.
 
-Shape suffixes: T rows, H hidden, C q_lora_rank, J index heads, D index head size, Q rope dims, K selected slots.
+Shape suffixes: T rows, H hidden, C q_lora_rank, J index heads, D index head size, K selected slots.
 """
 
 from __future__ import annotations
@@ -23,23 +23,19 @@ class Indexer(nn.Module):
     def __init__(self, config: GlmConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.heads, self.head_dim = config.index_n_heads, config.index_head_dim
-        self.rope_dim, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave
+        self.interleaved = config.indexer_rope_interleave
         self.topk = config.index_topk
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim, dtype=dtype, device=device)
         self.wk = Linear(config.hidden_size, self.head_dim, dtype=dtype, device=device)
         self.k_norm = Norm(self.head_dim, bias=True, dtype=dtype, device=device)
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, device=device)
 
-    def _rotate(self, ops: Ops, x_TJD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rope, rest = torch.split(x_TJD, [self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
-        return torch.cat((ops.rope(rope, cos, sin, self.interleaved), rest), dim=-1)
-
-    def keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Index keys to cache, [T, D]. Written for every token, whether or not this step needs a selection."""
-        k_norm = self.k_norm
-        assert k_norm.bias is not None
-        key_TD = ops.layer_norm(ops.linear(x_TH, self.wk.weight), k_norm.weight, k_norm.bias, _KEY_NORM_EPS)
-        return self._rotate(ops, key_TD[:, None], cos, sin)[:, 0]
+    def write_keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor, keys_SD: Tensor, slots_T: Tensor) -> None:
+        """Caches the index keys of every token, whether or not this step needs a selection."""
+        key_TD = ops.linear(x_TH, self.wk.weight)
+        norm = self.k_norm
+        assert norm.bias is not None
+        ops.write_cache(key_TD, norm.weight, norm.bias, _KEY_NORM_EPS, cos, sin, self.interleaved, 0, keys_SD, slots_T)
 
     def select(
         self,
@@ -57,7 +53,7 @@ class Indexer(nn.Module):
         The head weights are fp32 before any scaling: rounding them flips near ties.
         """
         query = ops.linear(latent_TC, self.wq_b.weight).view(-1, self.heads, self.head_dim)
-        query_TJD = self._rotate(ops, query, cos, sin)
+        query_TJD = ops.rope(query, cos, sin, self.interleaved)
         scale = self.heads**-0.5 * self.head_dim**-0.5
-        weight_TJ = ops.linear(x_TH.float(), self.weights_proj.weight.float()) * scale
+        weight_TJ = ops.linear_fp32(x_TH, self.weights_proj.weight) * scale
         return ops.select(query_TJD, weight_TJ, keys_SD, spans, inputs.block_size, self.topk)

@@ -6,7 +6,7 @@ the absorbed form over the selected slots, in which W_UK moves into the query an
 
 Source: DeepSeek-V2 (latent attention), `transformers` 5.23 `GlmMoeDsaAttention`.
 Shape suffixes: T rows, R rows of a selection, H hidden, C q_lora_rank, V kv_lora_rank, L = V + Q latent_dim, Q rope
-dims, N heads, A nope dims, O v_head_dim.
+dims, N heads, O v_head_dim.
 """
 
 from __future__ import annotations
@@ -96,32 +96,25 @@ class LatentAttention(nn.Module):
             ops.linear(x_TH, self.q_a_proj.weight, self.q_a_proj.bias), self.q_a_layernorm.weight, self.eps
         )
         query = ops.linear(latent_TC, self.q_b_proj.weight).view(-1, self.heads, self.nope + self.rope_dim)
-        query_nope, query_rope = torch.split(query, [self.nope, self.rope_dim], dim=-1)
-        query_rope = ops.rope(query_rope, cos, sin, self.interleaved)
-        self._write_latent(ops, x_TH, inputs, cos, sin, latent_SL)
+        query_TNC = ops.rope(query, cos, sin, self.interleaved, self.nope)
+        compressed_TL = ops.linear(x_TH, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
+        norm = self.kv_a_layernorm.weight
+        ops.write_cache(
+            compressed_TL, norm, None, self.eps, cos, sin, self.interleaved, self.rank, latent_SL, inputs.slots_T
+        )
         if self.indexer is not None:
             assert keys_SD is not None
-            keys_SD[inputs.slots_T] = self.indexer.keys(ops, x_TH, cos, sin)
+            self.indexer.write_keys(ops, x_TH, cos, sin, keys_SD, inputs.slots_T)
             slots_RK = None
             if plan.sparse:
                 slots_RK = self.indexer.select(ops, x_TH, latent_TC, keys_SD, inputs, plan.sparse, cos, sin)
-        out_TNO = self._attend(ops, query_nope, query_rope, inputs, plan, latent_SL, slots_RK)
+        out_TNO = self._attend(ops, query_TNC, inputs, plan, latent_SL, slots_RK)
         return ops.linear(out_TNO.flatten(1), self.o_proj.weight, self.o_proj.bias), slots_RK
-
-    def _write_latent(
-        self, ops: Ops, x_TH: Tensor, inputs: ForwardInput, cos: Tensor, sin: Tensor, latent_SL: Tensor
-    ) -> None:
-        compressed = ops.linear(x_TH, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
-        latent_TV, key_TQ = torch.split(compressed, [self.rank, self.rope_dim], dim=-1)
-        latent_TV = ops.rms_norm(latent_TV, self.kv_a_layernorm.weight, self.eps)
-        key_TQ = ops.rope(key_TQ[:, None], cos, sin, self.interleaved)[:, 0]
-        latent_SL[inputs.slots_T] = torch.cat((latent_TV, key_TQ), dim=-1).to(latent_SL.dtype)
 
     def _attend(
         self,
         ops: Ops,
-        query_nope: Tensor,
-        query_rope: Tensor,
+        query_TNC: Tensor,
         inputs: ForwardInput,
         plan: Plan,
         latent_SL: Tensor,
@@ -129,8 +122,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         if not plan.dense:
             assert slots_RK is not None
-            return self._absorbed(ops, query_nope, query_rope, latent_SL, slots_RK)
-        query_TNC = torch.cat((query_nope, query_rope), dim=-1)
+            return self._absorbed(ops, query_TNC, latent_SL, slots_RK)
         out_TNO = query_TNC.new_empty(query_TNC.shape[0], self.heads, self.value_dim)
         for span in plan.dense:
             out_TNO[span.row : span.row + span.length] = ops.dense_attention(
@@ -139,15 +131,10 @@ class LatentAttention(nn.Module):
         if plan.sparse:
             assert slots_RK is not None
             rows = plan.rows_R
-            out_TNO[rows] = self._absorbed(ops, query_nope[rows], query_rope[rows], latent_SL, slots_RK)
+            out_TNO[rows] = self._absorbed(ops, query_TNC[rows], latent_SL, slots_RK)
         return out_TNO
 
-    def _absorbed(
-        self, ops: Ops, query_nope: Tensor, query_rope: Tensor, latent_SL: Tensor, slots_RK: Tensor
-    ) -> Tensor:
-        kv_b = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
-        up_key_NAV, up_value_NOV = torch.split(kv_b, [self.nope, self.value_dim], dim=1)
-        absorbed_RNV = torch.matmul(query_nope.transpose(0, 1), up_key_NAV).transpose(0, 1)
-        query_RNL = torch.cat((absorbed_RNV, query_rope), dim=-1)
+    def _absorbed(self, ops: Ops, query_RNC: Tensor, latent_SL: Tensor, slots_RK: Tensor) -> Tensor:
+        query_RNL = ops.absorb(query_RNC, self.kv_b_proj.weight, self.nope)
         mixed_RNV = ops.sparse_attention(query_RNL, latent_SL, slots_RK, self.rank, self.scale)
-        return torch.matmul(mixed_RNV.transpose(0, 1), up_value_NOV.transpose(1, 2)).transpose(0, 1)
+        return ops.unabsorb(mixed_RNV, self.kv_b_proj.weight, self.nope)

@@ -4,8 +4,8 @@ A model is given one `Ops` object when it is built and calls nothing else for it
 operations one by one and is tested against the reference with the same signature.
 
 Shape suffixes: T rows (tokens), R rows of one selection, H hidden, I intermediate, N attention heads, J index heads,
-D index head size, L latent_dim, V kv_lora_rank, K selected slots, S cache slots, E experts, X chosen experts a token,
-Q rope dims.
+D index head size, L latent_dim, V kv_lora_rank, C head size or cache row, K selected slots, S cache slots, E experts,
+X chosen experts a token, Q rope dims.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Ops(Protocol):
         """x Wᵀ (+ b), in x's dtype: [T, O]."""
         ...
 
+    def linear_fp32(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        """x Wᵀ computed and returned in fp32, whatever the inputs' dtype: fp32 [T, O]."""
+        ...
+
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """w · (x · rsqrt(mean(x²) + eps)), computed in fp32, rounded to x's dtype before the weight (last dim)."""
         ...
@@ -34,8 +38,30 @@ class Ops(Protocol):
         """LayerNorm over the last dim, computed in fp32, result in x's dtype."""
         ...
 
-    def rope(self, x_TNQ: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool) -> Tensor:
-        """Rotate pairs (x_2j, x_2j+1) if interleaved, else (x_j, x_j+Q/2), in fp32; result in x's dtype and layout."""
+    def rope(self, x_TNC: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool, first: int = 0) -> Tensor:
+        """x with its Q values from `first` rotated and the rest as they are: [T, N, C], C ≥ first + Q.
+
+        Rotates the pairs (x_2j, x_2j+1) if interleaved, else (x_j, x_j+Q/2), in fp32; result in x's dtype and layout.
+        """
+        ...
+
+    def write_cache(
+        self,
+        x_TC: Tensor,
+        weight_A: Tensor,
+        bias_A: Tensor | None,
+        eps: float,
+        cos_TQ2: Tensor,
+        sin_TQ2: Tensor,
+        interleaved: bool,
+        first: int,
+        cache_SC: Tensor,
+        slots_T: Tensor,
+    ) -> None:
+        """Cache rows slots_T ← x with its leading A values normed and the Q values from `first` rotated (after that).
+
+        The norm is RMSNorm, or LayerNorm when it has a bias. Modifies cache_SC.
+        """
         ...
 
     def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
@@ -77,6 +103,17 @@ class Ops(Protocol):
         context), rows in the order of the spans, padded with -1 after a row's own positions. Slots are in no
         particular order within a row.
         """
+        ...
+
+    def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+        """Queries in latent space: [q[:nope] · W_UK of the head, the rest as it is], [R, N, L].
+
+        kv_b has, per head, `nope` rows of W_UK and then those of W_UV.
+        """
+        ...
+
+    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+        """Mixed latents to values, by each head's W_UV: [R, N, v_head_dim]."""
         ...
 
     def sparse_attention(

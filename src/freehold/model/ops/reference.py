@@ -25,6 +25,9 @@ class ReferenceOps:
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         return F.linear(x_TI, weight_OI, bias_O)
 
+    def linear_fp32(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        return F.linear(x_TI.float(), weight_OI.float())
+
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         x = x_TH.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -33,7 +36,9 @@ class ReferenceOps:
     def layer_norm(self, x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x_TH.float(), weight_H.shape, weight_H.float(), bias_H.float(), eps).to(x_TH.dtype)
 
-    def rope(self, x_TNQ: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool) -> Tensor:
+    def rope(self, x_TNC: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool, first: int = 0) -> Tensor:
+        dims = 2 * cos_TQ2.shape[-1]
+        before, x_TNQ, after = torch.split(x_TNC, [first, dims, x_TNC.shape[-1] - first - dims], dim=-1)
         x, cos, sin = x_TNQ.float(), cos_TQ2[:, None], sin_TQ2[:, None]
         if interleaved:
             even, odd = x[..., 0::2], x[..., 1::2]
@@ -41,7 +46,28 @@ class ReferenceOps:
         else:
             low, high = x.chunk(2, dim=-1)
             out = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-        return out.to(x_TNQ.dtype)
+        return torch.cat((before, out.to(x_TNC.dtype), after), dim=-1)
+
+    def write_cache(
+        self,
+        x_TC: Tensor,
+        weight_A: Tensor,
+        bias_A: Tensor | None,
+        eps: float,
+        cos_TQ2: Tensor,
+        sin_TQ2: Tensor,
+        interleaved: bool,
+        first: int,
+        cache_SC: Tensor,
+        slots_T: Tensor,
+    ) -> None:
+        normed, rest = torch.split(x_TC, [weight_A.shape[0], x_TC.shape[1] - weight_A.shape[0]], dim=-1)
+        if bias_A is None:
+            normed = self.rms_norm(normed, weight_A, eps)
+        else:
+            normed = self.layer_norm(normed, weight_A, bias_A, eps)
+        x_TC = torch.cat((normed, rest), dim=-1)
+        cache_SC[slots_T] = self.rope(x_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0].to(cache_SC.dtype)
 
     def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(x_TH, gate_IH)) * F.linear(x_TH, up_IH), down_HI)
@@ -58,7 +84,7 @@ class ReferenceOps:
         normalise: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        scores_TE = F.linear(x_TH.float(), weight_EH.float()).sigmoid()
+        scores_TE = self.linear_fp32(x_TH, weight_EH).sigmoid()
         choice_TE = scores_TE + bias_E
         if n_group > 1:
             grouped_TGM = choice_TE.view(x_TH.shape[0], n_group, -1)
@@ -126,6 +152,16 @@ class ReferenceOps:
                 scores.masked_fill_(torch.arange(seen, device=scores.device) > positions[:, None], float("-inf"))
             found.append(stable_topk(scores, topk))
         return torch.cat(found)
+
+    def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+        query_nope, query_rope = torch.split(query_RNC, [nope, query_RNC.shape[-1] - nope], dim=-1)
+        up_key_NAV = kv_b_OV.view(query_RNC.shape[1], -1, kv_b_OV.shape[1])[:, :nope]
+        absorbed_RNV = torch.matmul(query_nope.transpose(0, 1), up_key_NAV).transpose(0, 1)
+        return torch.cat((absorbed_RNV, query_rope), dim=-1)
+
+    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+        up_value_NOV = kv_b_OV.view(mixed_RNV.shape[1], -1, kv_b_OV.shape[1])[:, nope:]
+        return torch.matmul(mixed_RNV.transpose(0, 1), up_value_NOV.transpose(1, 2)).transpose(0, 1)
 
     def sparse_attention(
         self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float

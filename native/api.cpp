@@ -1,0 +1,131 @@
+// The library's entry, projections, norms and rotary embedding: how each call is cut into parts for the threads.
+#include "api.h"
+
+#include <cstring>
+
+#include "call.h"
+
+namespace {
+
+using freehold::bf16;
+using freehold::call;
+using freehold::Context;
+using freehold::Kernels;
+using freehold::kRows;
+using freehold::smaller;
+
+const Kernels* table_of(const char* isa) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!std::strcmp(isa, "avx2") && avx2) return &freehold::kernels_avx2;
+  if (!std::strcmp(isa, "avx512") && avx512) return &freehold::kernels_avx512;
+  if (!std::strcmp(isa, "avx512bf16") && avx512 && __builtin_cpu_supports("avx512bf16"))
+    return &freehold::kernels_avx512bf16;
+  return nullptr;
+}
+
+}  // namespace
+
+int fh_version() { return kInterfaceVersion; }
+
+int fh_supports(const char* isa) { return table_of(isa) != nullptr; }
+
+void* fh_create(int threads, const char* isa) {
+  const Kernels* table = table_of(isa);
+  if (table == nullptr) return nullptr;
+  try {
+    return new Context(threads, table);
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void fh_destroy(void* context) { delete static_cast<Context*>(context); }
+
+int fh_linear(void* context, int kind, void* out, int64_t out_row, const void* x, int64_t x_row, int64_t rows,
+              const void* weight, int64_t weight_row, int64_t outputs, int64_t inner, const void* bias) {
+  return call(context, [&](Context& c) {
+    const int64_t in_size = kind == 2 ? 4 : 2, out_size = kind == 0 ? 2 : 4;
+    // Many rows: each thread takes rows, and reads the (small) weights from its cache. Few: each takes outputs.
+    const int64_t blocks = (rows + kRows - 1) / kRows;
+    const auto part = [&](int64_t first_row, int64_t last_row, int64_t first, int64_t last) {
+      for (int64_t row = first_row; row < last_row; row += kRows) {
+        const void* xs[kRows];
+        void* outs[kRows];
+        const int64_t n = smaller(kRows, last_row - row);
+        for (int64_t m = 0; m < n; ++m) {
+          xs[m] = static_cast<const char*>(x) + (row + m) * x_row * in_size;
+          outs[m] = static_cast<char*>(out) + (row + m) * out_row * out_size;
+        }
+        c.kernels.linear({weight, weight_row, inner, xs, outs, n, bias, kind == 2, kind != 0}, first, last);
+      }
+    };
+    if (blocks > 1) {
+      c.ranges(rows, kRows, outputs * inner / 2, [&](int64_t a, int64_t b, int) { part(a, b, 0, outputs); });
+    } else {
+      const int64_t cost = inner * in_size * (1 + rows / 4);
+      c.ranges(outputs, 16, cost, [&](int64_t a, int64_t b, int) { part(0, rows, a, b); });
+    }
+  });
+}
+
+int fh_route(void* context, int64_t* ids, float* weights, const void* x, int64_t x_row, int64_t rows,
+             const void* weight, int64_t weight_row, int64_t inner, const float* bias, int64_t experts, int64_t top_k,
+             int normalise, float scale) {
+  return call(context, [&](Context& c) {
+    c.prepare((kRows + 1) * experts * 4 + 64);
+    const freehold::RouteArgs args{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight), weight_row,
+                                   inner, bias, experts, top_k, normalise != 0, scale};
+    c.ranges(rows, kRows, experts * inner / 2, [&](int64_t first, int64_t last, int worker) {
+      for (int64_t row = first; row < last; row += kRows)
+        c.kernels.route(args, row, smaller(row + kRows, last), ids, weights,
+                        reinterpret_cast<float*>(c.scratch(worker)));
+    });
+  });
+}
+
+int fh_norm(void* context, void* out, const void* x, int64_t x_row, int64_t rows, int64_t size, const void* weight,
+            const void* bias, float eps) {
+  return call(context, [&](Context& c) {
+    const freehold::NormArgs args{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
+                                  static_cast<const bf16*>(bias), size, eps};
+    c.ranges(rows, 1, size * 4, [&](int64_t first, int64_t last, int) {
+      for (int64_t row = first; row < last; ++row) c.kernels.norm(args, row, static_cast<bf16*>(out) + row * size);
+    });
+  });
+}
+
+int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64_t x_head, int64_t rows, int64_t heads,
+            int64_t size, int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
+  return call(context, [&](Context& c) {
+    const freehold::RopeArgs args{static_cast<const bf16*>(x), x_row, x_head, heads, size, first, dims, cos, sin,
+                                  interleaved != 0};
+    c.ranges(rows, 1, heads * (size + dims * 4), [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row)
+        c.kernels.rope(args, row, static_cast<bf16*>(out) + row * heads * size, size);
+    });
+  });
+}
+
+int fh_write(void* context, void* cache, int64_t cache_row, const int64_t* slots, const void* x, int64_t x_row,
+             int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
+             int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
+  return call(context, [&](Context& c) {
+    c.prepare(size * 2);
+    const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
+                                  static_cast<const bf16*>(bias), normed, eps};
+    c.ranges(rows, 1, size * 8, [&](int64_t begin, int64_t end, int worker) {
+      bf16* row_values = reinterpret_cast<bf16*>(c.scratch(worker));
+      for (int64_t row = begin; row < end; ++row) {
+        c.kernels.norm(norm, row, row_values);
+        std::memcpy(row_values + normed, norm.x + row * x_row + normed, size_t(size - normed) * 2);
+        // One row at a time from its own buffer, hence the tables are moved to the row.
+        const freehold::RopeArgs rope{row_values, 0, 0, 1, size, first, dims, cos + row * (dims / 2),
+                                      sin + row * (dims / 2), interleaved != 0};
+        c.kernels.rope(rope, 0, static_cast<bf16*>(cache) + slots[row] * cache_row, 0);
+      }
+    });
+  });
+}

@@ -1,0 +1,221 @@
+// Selection and attention: how each call is cut into parts for the threads.
+#include <cstring>
+
+#include "api.h"
+#include "call.h"
+
+namespace {
+
+using freehold::AttendArgs;
+using freehold::bf16;
+using freehold::Candidates;
+using freehold::Context;
+using freehold::SelectArgs;
+using freehold::smaller;
+
+constexpr int64_t kLeastKeys = 1024;  // fewer keys are not worth a part of their own
+
+// Memory of one row's candidates.
+struct Room {
+  int64_t capacity;
+  explicit Room(int64_t topk) : capacity(topk + (topk > 1024 ? topk : 1024)) {}
+  int64_t bytes() const { return (capacity + freehold::kSelectSlack) * 8; }
+  Candidates at(char* memory) const {
+    auto* keys = reinterpret_cast<uint32_t*>(memory);
+    return {keys, reinterpret_cast<int32_t*>(keys + capacity + freehold::kSelectSlack), 0, capacity, 0.0f, true};
+  }
+};
+
+struct Selection {
+  Context& c;
+  SelectArgs args;
+  int64_t* out;
+  int64_t out_row, rows;
+
+  int64_t slot(int64_t position) const {
+    return args.table[position / args.block_size] * args.block_size + position % args.block_size;
+  }
+  int64_t packed_bytes() const { return (c.kernels.select_tile * (args.dim + 1) * 2 + 63) / 64 * 64; }
+
+  // Rows that see no more than topk positions take them all. Returns how many there are.
+  int64_t take_all() const {
+    int64_t row = 0;
+    for (; row < rows && args.start + row + 1 <= args.topk; ++row) {
+      const int64_t seen = args.start + row + 1;
+      int64_t* mine = out + row * out_row;
+      for (int64_t p = 0; p < seen; ++p) mine[p] = slot(p);
+      for (int64_t p = seen; p < out_row; ++p) mine[p] = -1;
+    }
+    return row;
+  }
+
+  void write(int64_t row, const Candidates& best) const {
+    int64_t* mine = out + row * out_row;
+    for (int64_t k = 0; k < best.count; ++k) mine[k] = slot(best.positions[k]);
+    for (int64_t k = best.count; k < out_row; ++k) mine[k] = -1;
+  }
+
+  // Many rows: parts are tiles of rows, the longest first.
+  void by_rows(int64_t first_row, int64_t tiles) const {
+    const Room room(args.topk);
+    c.prepare(packed_bytes() + freehold::kSelectRows * room.bytes());
+    c.pool.each(tiles, [&](int64_t part, int worker) {
+      const int64_t row = first_row + (tiles - 1 - part) * freehold::kSelectRows;
+      const int64_t n = smaller(freehold::kSelectRows, rows - row);
+      char* memory = c.scratch(worker);
+      Candidates best[freehold::kSelectRows];
+      for (int64_t r = 0; r < n; ++r) best[r] = room.at(memory + packed_bytes() + r * room.bytes());
+      c.kernels.score(args, row, n, 0, args.start + row + n, best, reinterpret_cast<bf16*>(memory));
+      for (int64_t r = 0; r < n; ++r) {
+        c.kernels.keep(best[r], args.topk);
+        write(row + r, best[r]);
+      }
+    });
+  }
+
+  // Few rows: parts are ranges of keys, each with candidates of its own, which are then chosen from once more.
+  void by_keys(int64_t first_row, int64_t ranges) const {
+    const Room room(args.topk);
+    const int64_t step = c.kernels.select_tile, keys = args.start + rows, tiles = (keys + step - 1) / step;
+    const int64_t left = rows - first_row, row_tiles = (left + freehold::kSelectRows - 1) / freehold::kSelectRows;
+    const Room merged(ranges * args.topk);
+    c.prepare(packed_bytes());
+    char* memory = c.shared.get(left * (ranges * room.bytes() + int64_t(sizeof(Candidates)) * ranges) + merged.bytes());
+    char* headers = memory + left * ranges * room.bytes() + merged.bytes();
+    auto* best = reinterpret_cast<Candidates*>(headers);  // [range][row]
+    for (int64_t i = 0; i < ranges * left; ++i) best[i] = room.at(memory + i * room.bytes());
+    c.pool.each(ranges * row_tiles, [&](int64_t part, int worker) {
+      const int64_t range = part / row_tiles, row = part % row_tiles * freehold::kSelectRows;
+      const int64_t n = smaller(freehold::kSelectRows, left - row);
+      const int64_t begin = tiles * range / ranges * step, end = tiles * (range + 1) / ranges * step;
+      Candidates* mine = best + range * left + row;
+      c.kernels.score(args, first_row + row, n, begin, smaller(end, args.start + first_row + row + n), mine,
+                      reinterpret_cast<bf16*>(c.scratch(worker)));
+      for (int64_t r = 0; r < n; ++r) c.kernels.keep(mine[r], args.topk);
+    });
+    for (int64_t row = 0; row < left; ++row) {
+      Candidates all = ranges > 1 ? merged.at(memory + left * ranges * room.bytes()) : best[row];
+      for (int64_t range = 0; ranges > 1 && range < ranges; ++range) {
+        const Candidates& part = best[range * left + row];
+        std::memcpy(all.keys + all.count, part.keys, size_t(part.count) * 4);
+        std::memcpy(all.positions + all.count, part.positions, size_t(part.count) * 4);
+        all.count += part.count;
+      }
+      if (ranges > 1) c.kernels.keep(all, args.topk);
+      write(first_row + row, all);
+    }
+  }
+
+  void run() const {
+    const int64_t first_row = take_all(), left = rows - first_row;
+    if (left == 0) return;
+    const int64_t tiles = (left + freehold::kSelectRows - 1) / freehold::kSelectRows, threads = c.pool.threads();
+    if (tiles >= 2 * threads) return by_rows(first_row, tiles);
+    const int64_t keys = args.start + rows;
+    const int64_t ranges = threads == 1 ? 1 : smaller(2 * threads, keys / kLeastKeys);
+    by_keys(first_row, ranges < 1 ? 1 : ranges);
+  }
+};
+
+}  // namespace
+
+int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row, int64_t query_head,
+              const float* weight, int64_t weight_row, int64_t rows, int64_t heads, int64_t dim, const void* keys,
+              int64_t keys_row, const int64_t* table, int64_t block_size, int64_t start, int64_t topk) {
+  return freehold::call(context, [&](Context& c) {
+    const SelectArgs args{static_cast<const bf16*>(query), query_row, query_head, weight, weight_row, heads, dim,
+                          static_cast<const bf16*>(keys), keys_row, table, block_size, start, topk};
+    Selection{c, args, out, out_row, rows}.run();
+  });
+}
+
+int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
+              int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
+              const int64_t* slots, int64_t slots_row, int64_t count, float scale) {
+  return freehold::call(context, [&](Context& c) {
+    const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, static_cast<const bf16*>(latent),
+                          latent_row, slots, slots_row, count, heads, latent_dim, rank, scale};
+    const int64_t chunks = (count + freehold::kAttendChunk - 1) / freehold::kAttendChunk;
+    const int64_t part = freehold::attend_part(heads, rank), scratch = freehold::attend_scratch(heads);
+    const auto finish = [&](int64_t row, const float* whole) {
+      c.kernels.finish(static_cast<bf16*>(out) + row * heads * rank, rank, whole, heads, rank);
+    };
+    const int64_t unit = freehold::kAttendChunk * heads * (latent_dim + rank) / 8;  // cost of a chunk
+    if (rows >= 2 * c.pool.threads() || chunks == 1) {
+      c.prepare(scratch + 2 * part * 4);
+      c.ranges(rows, 1, unit * chunks, [&](int64_t first, int64_t last, int worker) {
+        char* memory = c.scratch(worker);
+        float *whole = reinterpret_cast<float*>(memory + scratch), *next = whole + part;
+        for (int64_t row = first; row < last; ++row) {
+          c.kernels.attend(args, row, 0, whole, memory);
+          for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+            c.kernels.attend(args, row, chunk, next, memory);
+            c.kernels.merge(whole, next, heads, rank);
+          }
+          finish(row, whole);
+        }
+      });
+      return;
+    }
+    c.prepare(scratch);
+    float* parts = reinterpret_cast<float*>(c.shared.get(rows * chunks * part * 4));
+    c.ranges(rows * chunks, 1, unit, [&](int64_t first, int64_t last, int worker) {
+      for (int64_t i = first; i < last; ++i)
+        c.kernels.attend(args, i / chunks, i % chunks, parts + i * part, c.scratch(worker));
+    });
+    for (int64_t row = 0; row < rows; ++row) {
+      float* whole = parts + row * chunks * part;
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) c.kernels.merge(whole, whole + chunk * part, heads, rank);
+      finish(row, whole);
+    }
+  });
+}
+
+namespace {
+
+// Calls fn(head, first row, last row) for all heads, and blocks of rows when there are many.
+template <class Fn>
+void by_head(Context& c, int64_t heads, int64_t rows, int64_t cost, Fn fn) {
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  c.ranges(heads * blocks, 1, cost * (1 + smaller(rows, kBlock) / 4), [&](int64_t first, int64_t last, int) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = unit % blocks * kBlock;
+      fn(unit / blocks, row, smaller(row + kBlock, rows));
+    }
+  });
+}
+
+}  // namespace
+
+int fh_absorb(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
+              int64_t heads, int64_t nope, int64_t rope, const void* kv_b, int64_t kv_b_row, int64_t value,
+              int64_t rank) {
+  return freehold::call(context, [&](Context& c) {
+    const int64_t head = rank + rope, row = heads * head;
+    by_head(c, heads, rows, nope * rank * 2, [&](int64_t h, int64_t first, int64_t last) {
+      const bf16* q = static_cast<const bf16*>(query) + first * query_row + h * query_head;
+      const bf16* up = static_cast<const bf16*>(kv_b) + h * (nope + value) * kv_b_row;
+      bf16* y = static_cast<bf16*>(out) + first * row + h * head;
+      c.kernels.absorb(y, row, q, query_row, up, kv_b_row, last - first, nope, rank);
+      for (int64_t r = 0; r < last - first; ++r)
+        std::memcpy(y + r * row + rank, q + r * query_row + nope, size_t(rope) * 2);
+    });
+  });
+}
+
+int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows, int64_t heads, int64_t nope, int64_t value,
+                int64_t rank, const void* kv_b, int64_t kv_b_row) {
+  return freehold::call(context, [&](Context& c) {
+    by_head(c, heads, rows, value * rank * 2, [&](int64_t h, int64_t first, int64_t last) {
+      const bf16* weight = static_cast<const bf16*>(kv_b) + (h * (nope + value) + nope) * kv_b_row;
+      const void* xs[64];
+      void* outs[64];
+      for (int64_t row = first; row < last; ++row) {
+        xs[row - first] = static_cast<const bf16*>(mixed) + (row * heads + h) * rank;
+        outs[row - first] = static_cast<bf16*>(out) + (row * heads + h) * value;
+      }
+      c.kernels.linear({weight, kv_b_row, rank, xs, outs, last - first, nullptr, false, false}, 0, value);
+    });
+  });
+}

@@ -1,0 +1,166 @@
+// Attention over gathered rows, and the absorb product: sums of rows with per-head weights.
+#pragma once
+
+#include "dot.h"
+#include "pack.h"
+
+namespace {
+
+using freehold::AttendArgs;
+using freehold::kAttendChunk;
+
+constexpr int kMixRows = FH_512 ? 8 : 4;
+
+// low/high[m] = Σ_k p[m][k] · rows[k][column ..], two rows at a time so that bf16 pairs multiply at once.
+// p[k / 2][W][2] holds the weights in pairs, a vector of outputs side by side; an odd last pair ends with 0.
+template <int M>
+FH_INLINE void mix_tile(const bf16* const* rows, int64_t count, const bf16* p, int64_t column, int64_t n, F* low,
+                        F* high) {
+  F sums[M][2];
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = zero();
+  const auto add_pair = [&](B a, B b, const bf16* weights) __attribute__((always_inline)) {
+    const B ab_low = low_pairs(a, b), ab_high = high_pairs(a, b);
+    for (int m = 0; m < M; ++m) {
+      const B w = pair(weights + 2 * m);
+      sums[m][0] = dp(sums[m][0], ab_low, w);
+      sums[m][1] = dp(sums[m][1], ab_high, w);
+    }
+  };
+  int64_t k = 0;
+  if (n == 2 * W) {
+    for (; k + 2 <= count; k += 2) add_pair(load(rows[k] + column), load(rows[k + 1] + column), p + k * W);
+  } else {
+    for (; k + 2 <= count; k += 2) add_pair(load(rows[k] + column, n), load(rows[k + 1] + column, n), p + k * W);
+  }
+  if (k < count) add_pair(load(rows[k] + column, n), B{}, p + k * W);
+  for (int m = 0; m < M; ++m) low[m] = sums[m][0], high[m] = sums[m][1];
+}
+
+// emit(m, column, values, how many) for up to W outputs and all columns.
+template <class Emit>
+FH_INLINE void mix(const bf16* const* rows, int64_t count, const bf16* p, int64_t outputs, int64_t columns, Emit emit) {
+  F low[kMixRows], high[kMixRows];
+  for (int64_t c = 0; c < columns; c += 2 * W) {
+    const int64_t n = min64(2 * W, columns - c);
+    const auto put_out = [&](int64_t m, int k) {
+      F first, second;
+      consecutive(low[k], high[k], &first, &second);
+      emit(m, c, first, min64(W, n));
+      if (n > W) emit(m, c + W, second, n - W);
+    };
+    int64_t m = 0;
+    for (; m + kMixRows <= outputs; m += kMixRows) {
+      mix_tile<kMixRows>(rows, count, p + 2 * m, c, n, low, high);
+      for (int k = 0; k < kMixRows; ++k) put_out(m + k, k);
+    }
+    for (; m < outputs; ++m) {
+      mix_tile<1>(rows, count, p + 2 * m, c, n, low, high);
+      put_out(m, 0);
+    }
+  }
+}
+
+constexpr int64_t kMostNope = 512;  // rows of W_UK that one call takes; the Python side checks it
+
+void absorb(bf16* out, int64_t out_row, const bf16* query, int64_t query_row, const bf16* up, int64_t up_stride,
+            int64_t rows, int64_t nope, int64_t rank) {
+  const bf16* w[kMostNope];
+  alignas(64) bf16 packed[(kMostNope / 2 + 1) * 2 * W];
+  for (int64_t a = 0; a < nope; ++a) w[a] = up + a * up_stride;
+  for (int64_t r = 0; r < rows; r += W) {
+    const bf16* q[W];
+    const int64_t n = min64(W, rows - r);
+    for (int64_t k = 0; k < W; ++k) q[k] = query + (r + min64(k, n - 1)) * query_row;
+    pack_rows(q, nope, packed, 2 * W);
+    mix(w, nope, packed, n, rank,
+        [&](int64_t m, int64_t c, F v, int64_t k) { put_lanes(out + (r + m) * out_row + c, v, k); });
+  }
+}
+
+// One chunk of one row: maxima, sums and unnormalised outputs of every head.
+void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* scratch) {
+  const int64_t heads = a.heads;
+  float* scores = reinterpret_cast<float*>(scratch);                        // [heads][chunk]
+  bf16* p = reinterpret_cast<bf16*>(scores + heads * kAttendChunk);         // [heads][chunk]
+  bf16* packed = p + heads * kAttendChunk;                                  // [chunk/2][W][2]
+  const bf16** rows = reinterpret_cast<const bf16**>(packed + kAttendChunk * W);
+  const int64_t first = chunk * kAttendChunk, end = min64(first + kAttendChunk, a.count);
+  int64_t count = 0;
+  for (int64_t k = first; k < end; ++k)
+    if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0) {
+      // Selected rows lie anywhere: all are asked for at once, before the first is needed.
+      const bf16* latent = a.latent + slot * a.latent_stride;
+      for (int64_t i = 0; i < a.latent_dim; i += 32) prefetch(latent + i);
+      rows[count++] = latent;
+    }
+  const bf16* query = a.query + row * a.query_row;
+  for (int64_t k = 0; k < count; k += 4) {
+    const bf16* w[4];
+    for (int j = 0; j < 4; ++j) w[j] = rows[min64(k + j, count - 1)];
+    for (int64_t h = 0; h < heads; h += kTileRows) {
+      const bf16* x[kTileRows];
+      const int64_t n = min64(kTileRows, heads - h);
+      for (int64_t j = 0; j < n; ++j) x[j] = query + (h + j) * a.query_head;
+      dot_rows<bf16>(w, x, n, a.latent_dim, [&](int64_t m, __m128 v) {
+        _mm_storeu_ps(scores + (h + m) * kAttendChunk + k, _mm_mul_ps(v, _mm_set1_ps(a.scale)));
+      });
+    }
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    float* s = scores + h * kAttendChunk;
+    for (int64_t k = count; k < (count + W - 1) / W * W; ++k) s[k] = -__builtin_inff();
+    F highest = all(-__builtin_inff());
+    for (int64_t k = 0; k < count; k += W) highest = max(load(s + k), highest);
+    const float top = largest(highest);
+    // Where every score is -inf the weights must be 0, not exp(-inf + inf).
+    const F shift = all(top == -__builtin_inff() ? 0.0f : top);
+    F total = zero();
+    for (int64_t k = 0; k < count; k += W) {
+      const F e = exp(sub(load(s + k), shift));
+      narrow(p + h * kAttendChunk + k, e);
+      total = add(total, e);
+    }
+    part[h] = top;
+    part[heads + h] = sum(total);
+  }
+  float* out = part + 2 * heads;
+  for (int64_t h = 0; h < heads; h += W) {
+    const bf16* weights[W];
+    const int64_t n = min64(W, heads - h);
+    for (int64_t k = 0; k < W; ++k) weights[k] = p + (h + min64(k, n - 1)) * kAttendChunk;
+    pack_rows(weights, count, packed, 2 * W);
+    mix(rows, count, packed, n, a.rank,
+        [&](int64_t m, int64_t c, F v, int64_t k) { put_lanes(out + (h + m) * a.rank + c, v, k); });
+  }
+}
+
+// into ← into ⊕ part: both are rescaled to the greater maximum.
+void merge(float* into, const float* part, int64_t heads, int64_t rank) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const float a = into[h], b = part[h], top = a > b ? a : b;
+    const float shift = top == -__builtin_inff() ? 0.0f : top;
+    const float fa = exp1(a - shift), fb = exp1(b - shift);
+    into[h] = top;
+    into[heads + h] = into[heads + h] * fa + part[heads + h] * fb;
+    float* x = into + 2 * heads + h * rank;
+    const float* y = part + 2 * heads + h * rank;
+    const F va = all(fa), vb = all(fb);
+    for (int64_t c = 0; c < rank; c += W) {
+      const int64_t n = min64(W, rank - c);
+      store(x + c, fma(load(x + c, n), va, mul(load(y + c, n), vb)), n);
+    }
+  }
+}
+
+void finish(bf16* out, int64_t out_head, const float* part, int64_t heads, int64_t rank) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const F scale = all(1.0f / part[heads + h]);
+    const float* x = part + 2 * heads + h * rank;
+    for (int64_t c = 0; c < rank; c += W) {
+      const int64_t n = min64(W, rank - c);
+      narrow(out + h * out_head + c, mul(load(x + c, n), scale), n);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,24 @@
+// One instruction set's table of kernels. Compiled once per set; see vector.h for why nothing here is shared.
+#include "kernels.h"
+
+#include "attention.h"
+#include "dot.h"
+#include "gemm.h"
+#include "rows.h"
+#include "select.h"
+#include "vector.h"
+
+#define FH_JOIN2(a, b) a##b
+#define FH_JOIN(a, b) FH_JOIN2(a, b)
+#define FH_TEXT2(a) #a
+#define FH_TEXT(a) FH_TEXT2(a)
+
+namespace freehold {
+
+extern const Kernels FH_JOIN(kernels_, FH_ISA);
+const Kernels FH_JOIN(kernels_, FH_ISA) = {
+    FH_TEXT(FH_ISA), W, ::kTile, ::linear, ::gated, ::gemm, ::gemm_gated, ::combine, ::absorb,   ::attend,   ::merge, ::finish,
+    ::score,         ::keep,  ::norm,   ::rope,  ::route,
+};
+
+}  // namespace freehold

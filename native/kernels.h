@@ -1,0 +1,132 @@
+// The kernels of one instruction set, as a table of functions: what api.cpp may call, and nothing else.
+//
+// A kernel works on a range that its caller chose and is single-threaded. Every output is reduced in one order that
+// depends on neither the range nor how many rows come together, so threads and batches never change a result.
+// Pointers are to bf16 (uint16_t) unless said; strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace freehold {
+
+using bf16 = uint16_t;
+
+// y[m][o] = x[m] · weight[o] (+ bias[o]); rows are given by pointer so that experts can gather without copying.
+struct LinearArgs {
+  const void* weight;
+  int64_t weight_stride, inner;
+  const void* const* x;
+  void* const* out;
+  int64_t rows;
+  const void* bias;  // same type as the output, or null
+  bool fp32;         // x and weight are fp32, else bf16
+  bool out_fp32;
+  int64_t out_first = 0;  // the output that out[m][0] is (0 but for gemm into a buffer)
+};
+
+// act[m][i] = silu(x[m] · gate[i]) · (x[m] · up[i]), bf16.
+struct GatedArgs {
+  const bf16 *gate, *up;
+  int64_t gate_stride, up_stride, inner;
+  const void* const* x;
+  bf16* const* out;
+  int64_t rows;
+};
+
+// Absorbed attention of rows over chosen slots.
+struct AttendArgs {
+  const bf16* query;
+  int64_t query_row, query_head;
+  const bf16* latent;
+  int64_t latent_stride;
+  const int64_t* slots;
+  int64_t slots_row, count;  // slots a row; negative ones are skipped
+  int64_t heads, latent_dim, rank;
+  float scale;
+};
+// Slots are attended to in chunks of this many; partial results are merged in the chunks' order.
+constexpr int64_t kAttendChunk = 64;
+
+// The indexer's scores of the rows of one sequence. Row r is position start + r and sees positions 0 .. start + r.
+struct SelectArgs {
+  const bf16* query;
+  int64_t query_row, query_head;
+  const float* weight;
+  int64_t weight_row, heads, dim;
+  const bf16* keys;
+  int64_t keys_stride;
+  const int64_t* table;
+  int64_t block_size, start, topk;
+};
+// The best so far of one row, in order of position. Keys sort like the scores; NaN is the largest.
+struct Candidates {
+  uint32_t* keys;
+  int32_t* positions;
+  int64_t count, capacity;
+  float threshold;  // later scores count only above it
+  bool open;        // fewer than topk seen: everything counts
+};
+constexpr int64_t kSelectRows = 16;    // rows that share one packing of the keys
+constexpr int64_t kSelectSlack = 128;  // room beyond `capacity` for a whole tile
+
+struct NormArgs {
+  const bf16* x;
+  int64_t x_row;
+  const bf16 *weight, *bias;  // bias: LayerNorm, else null
+  int64_t size;
+  float eps;
+};
+struct RopeArgs {
+  const bf16* x;
+  int64_t x_row, x_head, heads, size;  // size: values a head; all are copied, `dims` from `first` rotated
+  int64_t first, dims;
+  const float *cos, *sin;  // [rows, dims / 2]
+  bool interleaved;
+};
+struct RouteArgs {
+  const bf16* x;
+  int64_t x_row;
+  const bf16* weight;
+  int64_t weight_stride, inner;
+  const float* bias;
+  int64_t experts, top_k;
+  bool normalise;
+  float scale;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;        // outputs of one vector
+  int64_t select_tile;  // keys of one packed tile
+
+  void (*linear)(const LinearArgs&, int64_t first, int64_t last);
+  void (*gated)(const GatedArgs&, int64_t first, int64_t last);
+  // The same for many rows: bf16, no bias; packed: gemm_scratch() bytes. Sums in another order than the two above.
+  void (*gemm)(const LinearArgs&, int64_t first, int64_t last, bf16* packed);
+  void (*gemm_gated)(const GatedArgs&, int64_t first, int64_t last, bf16* packed);
+  // out[h] = Σ_x weights[x] · parts[x][h] in fp32, rounded once.
+  void (*combine)(bf16* out, const float* const* parts, const float* weights, int64_t count, int64_t size);
+  // out[r][v] = Σ_a query[r][a] · up[a][v] for one head.
+  void (*absorb)(bf16* out, int64_t out_row, const bf16* query, int64_t query_row, const bf16* up, int64_t up_stride,
+                 int64_t rows, int64_t nope, int64_t rank);
+  // part: heads maxima, heads sums, then heads × rank unnormalised outputs, fp32. scratch: attend_scratch() bytes.
+  void (*attend)(const AttendArgs&, int64_t row, int64_t chunk, float* part, char* scratch);
+  void (*merge)(float* into, const float* part, int64_t heads, int64_t rank);
+  void (*finish)(bf16* out, int64_t out_head, const float* part, int64_t heads, int64_t rank);
+  // Adds the best of positions [first, last) to `rows` candidates, one per row from `row`. packed: tile · dim bf16.
+  void (*score)(const SelectArgs&, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates*, bf16* packed);
+  // Leaves the topk best of the candidates, lowest position first on ties.
+  void (*keep)(Candidates&, int64_t topk);
+  void (*norm)(const NormArgs&, int64_t row, bf16* out);
+  void (*rope)(const RopeArgs&, int64_t row, bf16* out, int64_t out_head);
+  void (*route)(const RouteArgs&, int64_t first, int64_t last, int64_t* ids, float* weights, float* scratch);
+};
+
+inline int64_t attend_part(int64_t heads, int64_t rank) { return heads * (2 + rank); }
+inline int64_t attend_scratch(int64_t heads) { return kAttendChunk * (heads * 6 + 32 + 8) + 256; }
+
+inline int64_t gemm_scratch(int64_t inner) { return (inner + 1) / 2 * 128 + 64; }
+
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+
+}  // namespace freehold

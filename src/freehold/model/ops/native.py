@@ -1,0 +1,289 @@
+"""The operations on native x86-64 kernels (`native/*.cpp`), for bf16 inference: the fast twin of `reference.py`.
+
+Each call hands addresses to C and nothing else; what the kernels do not take (other dtypes, devices, unusual shapes)
+goes to the reference. Gradients are not recorded: use it under `torch.inference_mode()`.
+
+Up to 16 rows (decode, speculation) every result is reduced in one order that depends on neither the number of rows nor
+the number of threads, so batching never changes a token. More rows (prefill) go to the library's matrix multiplication
+where that is faster, and may differ in the last bits. Sums are fp32; AVX-512-BF16 multiplies treat denormal bf16
+inputs as zero, which is far below fp32 rounding of such sums. Shape suffixes as in `interface.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freehold.model.inputs import Span
+from freehold.model.ops.library import Native
+from freehold.model.ops.reference import ReferenceOps
+
+SMALL_ROWS = 16
+"""Up to this many rows use the kernels that read each weight once; more use a blocked matrix multiplication."""
+
+_BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
+_MOST_CHOSEN = 64  # experts a token may have, and
+_MOST_NOPE = 512  # rows of W_UK: sizes of arrays in the kernels
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class NativeOps(ReferenceOps):
+    """Implements `interface.Ops`. Not for concurrent use by design: calls from several threads take turns.
+
+    threads: including the caller; default torch's. isa: one of `library.ISAS`, default the best this machine has.
+    Raises library.NativeUnavailable.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        self.threads = threads if threads is not None else torch.get_num_threads()
+        self._native = Native(self.threads, isa)
+        self._context = self._native.context
+        self.isa = self._native.isa
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise MemoryError("a native kernel could not allocate its scratch memory")
+
+    # -- projections ---------------------------------------------------------------------------------------------------
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        dtype = x_TI.dtype
+        rows = x_TI.shape[0]
+        if rows > SMALL_ROWS or x_TI.dim() != 2 or (dtype is not _BF16 and dtype is not _FP32) or rows == 0:
+            return F.linear(x_TI, weight_OI, bias_O)
+        return self._linear(0 if dtype is _BF16 else 2, x_TI, weight_OI, bias_O, dtype)
+
+    def linear_fp32(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        if x_TI.dtype is not _BF16 or weight_OI.dtype is not _BF16 or x_TI.dim() != 2:
+            return super().linear_fp32(x_TI, weight_OI)
+        return self._linear(1, x_TI, weight_OI, None, _FP32)
+
+    def _linear(self, kind: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x, weight = _dense(x), _dense(weight)
+        rows = x.shape[0]
+        outputs, inner = weight.shape
+        out = torch.empty((rows, outputs), dtype=dtype)
+        status = self._native.linear(
+            self._context, kind, out.data_ptr(), outputs, x.data_ptr(), x.stride(0), rows,
+            weight.data_ptr(), weight.stride(0), outputs, inner, None if bias is None else bias.data_ptr(),
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
+        rows = x_TH.shape[0]
+        if x_TH.dtype is not _BF16 or x_TH.dim() != 2 or rows == 0:
+            return super().swiglu(x_TH, gate_IH, up_IH, down_HI)
+        x, gate, up, down = _dense(x_TH), _dense(gate_IH), _dense(up_IH), _dense(down_HI)
+        width, hidden = gate.shape
+        out = torch.empty((rows, hidden), dtype=_BF16)
+        status = self._native.swiglu(
+            self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, gate.data_ptr(), gate.stride(0),
+            up.data_ptr(), up.stride(0), width, down.data_ptr(), down.stride(0), hidden,
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    # -- norms and rotary embedding ------------------------------------------------------------------------------------
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        if x_TH.dtype is not _BF16 or weight_H.dtype is not _BF16 or x_TH.dim() != 2:
+            return super().rms_norm(x_TH, weight_H, eps)
+        return self._norm(x_TH, weight_H, None, eps)
+
+    def layer_norm(self, x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
+        if x_TH.dtype is not _BF16 or weight_H.dtype is not _BF16 or bias_H.dtype is not _BF16 or x_TH.dim() != 2:
+            return super().layer_norm(x_TH, weight_H, bias_H, eps)
+        return self._norm(x_TH, weight_H, bias_H, eps)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x = _dense(x)
+        rows, size = x.shape
+        out = torch.empty((rows, size), dtype=_BF16)
+        status = self._native.norm(
+            self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, size,
+            weight.data_ptr(), None if bias is None else bias.data_ptr(), eps,
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    def rope(self, x_TNC: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool, first: int = 0) -> Tensor:
+        if x_TNC.dtype is not _BF16 or not cos_TQ2.is_contiguous() or not sin_TQ2.is_contiguous():
+            return super().rope(x_TNC, cos_TQ2, sin_TQ2, interleaved, first)
+        x = _dense(x_TNC)
+        rows, heads, size = x.shape
+        row, head, _ = x.stride()
+        out = torch.empty((rows, heads, size), dtype=_BF16)
+        status = self._native.rope(
+            self._context, out.data_ptr(), x.data_ptr(), row, head, rows, heads, size,
+            first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    def write_cache(
+        self,
+        x_TC: Tensor,
+        weight_A: Tensor,
+        bias_A: Tensor | None,
+        eps: float,
+        cos_TQ2: Tensor,
+        sin_TQ2: Tensor,
+        interleaved: bool,
+        first: int,
+        cache_SC: Tensor,
+        slots_T: Tensor,
+    ) -> None:
+        if (
+            x_TC.dtype is not _BF16
+            or weight_A.dtype is not _BF16
+            or cache_SC.dtype is not _BF16
+            or cache_SC.stride(1) != 1
+            or not (slots_T.is_contiguous() and cos_TQ2.is_contiguous() and sin_TQ2.is_contiguous())
+        ):
+            return super().write_cache(
+                x_TC, weight_A, bias_A, eps, cos_TQ2, sin_TQ2, interleaved, first, cache_SC, slots_T
+            )
+        x = _dense(x_TC)
+        rows, size = x.shape
+        status = self._native.write(
+            self._context, cache_SC.data_ptr(), cache_SC.stride(0), slots_T.data_ptr(), x.data_ptr(), x.stride(0),
+            rows, size, weight_A.shape[0], weight_A.data_ptr(), None if bias_A is None else bias_A.data_ptr(), eps,
+            first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
+        )  # fmt: skip
+        self._check(status)
+        return None
+
+    # -- experts -------------------------------------------------------------------------------------------------------
+
+    def route(
+        self,
+        x_TH: Tensor,
+        weight_EH: Tensor,
+        bias_E: Tensor,
+        *,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        normalise: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        if n_group > 1 or x_TH.dtype is not _BF16 or weight_EH.dtype is not _BF16 or bias_E.dtype is not _FP32:
+            return super().route(
+                x_TH, weight_EH, bias_E,
+                top_k=top_k, n_group=n_group, topk_group=topk_group, normalise=normalise, scale=scale,
+            )  # fmt: skip
+        x, weight = _dense(x_TH), _dense(weight_EH)
+        rows, hidden = x.shape
+        ids_TX = torch.empty((rows, top_k), dtype=_INT64)
+        weights_TX = torch.empty((rows, top_k), dtype=_FP32)
+        status = self._native.route(
+            self._context, ids_TX.data_ptr(), weights_TX.data_ptr(), x.data_ptr(), x.stride(0), rows,
+            weight.data_ptr(), weight.stride(0), hidden, bias_E.data_ptr(), weight.shape[0], top_k, normalise, scale,
+        )  # fmt: skip
+        self._check(status)
+        return ids_TX, weights_TX
+
+    def experts(
+        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+    ) -> Tensor:
+        rows, chosen = ids_TX.shape
+        if (
+            x_TH.dtype is not _BF16
+            or gate_up_EIH.dtype is not _BF16
+            or chosen > _MOST_CHOSEN
+            or rows == 0
+            or not (gate_up_EIH.is_contiguous() and down_EHI.is_contiguous())
+            or not (ids_TX.is_contiguous() and weights_TX.is_contiguous())
+        ):
+            return super().experts(x_TH, ids_TX, weights_TX, gate_up_EIH, down_EHI)
+        x = _dense(x_TH)
+        experts, hidden, width = down_EHI.shape
+        out = torch.empty((rows, hidden), dtype=_BF16)
+        status = self._native.experts(
+            self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, ids_TX.data_ptr(), weights_TX.data_ptr(),
+            chosen, experts, gate_up_EIH.data_ptr(), 2 * width * hidden, down_EHI.data_ptr(), hidden * width,
+            hidden, width,
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    # -- selection and attention ---------------------------------------------------------------------------------------
+
+    def select(
+        self, query_TJD: Tensor, weight_TJ: Tensor, keys_SD: Tensor, spans: tuple[Span, ...], block_size: int, topk: int
+    ) -> Tensor:
+        heads, dim = query_TJD.shape[1:]
+        if query_TJD.dtype is not _BF16 or keys_SD.dtype is not _BF16 or weight_TJ.dtype is not _FP32 or dim % 2:
+            return super().select(query_TJD, weight_TJ, keys_SD, spans, block_size, topk)
+        query, weight, keys = _dense(query_TJD), _dense(weight_TJ), _dense(keys_SD)
+        rows = sum(span.length for span in spans)
+        width = min(topk, max((span.end for span in spans), default=0))
+        out = torch.empty((rows, width), dtype=_INT64)
+        query_row, query_head, _ = query.stride()
+        weight_row, row = weight.stride(0), 0
+        for span in spans:
+            table = span.table_B.contiguous()
+            status = self._native.select(
+                self._context, out.data_ptr() + 8 * width * row, width,
+                query.data_ptr() + 2 * query_row * span.row, query_row, query_head,
+                weight.data_ptr() + 4 * weight_row * span.row, weight_row, span.length, heads, dim,
+                keys.data_ptr(), keys.stride(0), table.data_ptr(), block_size, span.start, topk,
+            )  # fmt: skip
+            self._check(status)
+            row += span.length
+        return out
+
+    def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+        rows, heads, size = query_RNC.shape
+        if query_RNC.dtype is not _BF16 or kv_b_OV.dtype is not _BF16 or nope > _MOST_NOPE:
+            return super().absorb(query_RNC, kv_b_OV, nope)
+        query, kv_b = _dense(query_RNC), _dense(kv_b_OV)
+        rank = kv_b.shape[1]
+        query_row, query_head, _ = query.stride()
+        out = torch.empty((rows, heads, rank + size - nope), dtype=_BF16)
+        status = self._native.absorb(
+            self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads, nope, size - nope,
+            kv_b.data_ptr(), kv_b.stride(0), kv_b.shape[0] // heads - nope, rank,
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+        rows, heads, rank = mixed_RNV.shape
+        if mixed_RNV.dtype is not _BF16 or kv_b_OV.dtype is not _BF16:
+            return super().unabsorb(mixed_RNV, kv_b_OV, nope)
+        mixed, kv_b = mixed_RNV.contiguous(), _dense(kv_b_OV)
+        value = kv_b.shape[0] // heads - nope
+        out = torch.empty((rows, heads, value), dtype=_BF16)
+        status = self._native.unabsorb(
+            self._context, out.data_ptr(), mixed.data_ptr(), rows, heads, nope, value, rank,
+            kv_b.data_ptr(), kv_b.stride(0),
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    def sparse_attention(
+        self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float
+    ) -> Tensor:
+        if query_RNL.dtype is not _BF16 or latent_SL.dtype is not _BF16:
+            return super().sparse_attention(query_RNL, latent_SL, slots_RK, rank, scale)
+        query, latent, slots = _dense(query_RNL), _dense(latent_SL), _dense(slots_RK)
+        rows, heads, latent_dim = query.shape
+        query_row, query_head, _ = query.stride()
+        out = torch.empty((rows, heads, rank), dtype=_BF16)
+        status = self._native.attend(
+            self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads,
+            latent.data_ptr(), latent.stride(0), latent_dim, rank, slots.data_ptr(), slots.stride(0), slots.shape[1],
+            scale,
+        )  # fmt: skip
+        self._check(status)
+        return out
