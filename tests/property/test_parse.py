@@ -31,7 +31,27 @@ TOOLS = (ToolSpec("f", SCHEMA), ToolSpec("find", {}))
 
 # Turns that are well formed, nearly so, and not at all.
 words = st.sampled_from(
-    ["f", "find", "fin", "g", "s", "n", "j", "i", "null", "nul", "12", '{"a": [1]}', " ", "\n", "京", "<", "</", 'é\\"']
+    [
+        "f",
+        "find",
+        "fin",
+        "g",
+        "s",
+        "n",
+        "j",
+        "i",
+        "null",
+        "nul",
+        "12",
+        '{"a": [1]}',
+        " ",
+        " " * 20,
+        "\n",
+        "京",
+        "<",
+        "</",
+        'é\\"',
+    ]
 )
 runs = st.sampled_from(["<tool_call>f<arg_key>s</arg_key><arg_value>", "</arg_value></tool_call>"])
 turns = st.lists(st.one_of(words, st.sampled_from(TAGS), runs), max_size=14).map("".join)

@@ -107,8 +107,7 @@ class JinjaTemplate:
             levels = {}
         default = next((value for value in levels if rendered[value] == unset), None)
         default = levels[default] if default is not None else None
-        off = probe(enable_thinking=False)
-        can_disable = unset.rstrip().endswith("<think>") and not off.rstrip().endswith("<think>")
+        can_disable = not probe(enable_thinking=False).rstrip().endswith("<think>")
         for known in PROFILES.values():
             if (known.levels, known.default, known.can_disable) == (levels, default, can_disable):
                 return EffortProfile(known.name, levels, default, can_disable)

@@ -7,7 +7,8 @@ How the text is cut into pieces does not change what comes out in sum. Half a ta
 * `<tool_call>` inside thinking ends the reasoning, `</think>` or not.
 * A call of a tool that was not declared is content, verbatim, tags and all. So is every tool tag when no tools were
   declared: the text is what the model wrote, nothing is lost, and no client is told to run what it did not offer.
-* White space between a tool call and the nearest text or call is dropped; all other text is exact.
+* White space before a tool call, and after the last one at the end of the turn, is dropped (up to 32 characters);
+  all other text is exact.
 * A repeated argument is dropped: the first one, which may have streamed already, counts.
 * When generation is cut (length, abort) inside a call, the arguments are closed to one valid JSON object: a string
   that was streaming as far as it got, other incomplete values left out; an unfinished name is no call. The finish
@@ -40,6 +41,9 @@ TAGS = (
 
 # Control tokens whose text a reader may see; the others only structure the conversation.
 VISIBLE_CONTROL = frozenset({*TAGS, "<tool_response>", "</tool_response>", "/nothink"})
+
+
+_MAX_SPACE = 32  # more white space than this is no separator, and a model that repeats it must not be held back
 
 
 class _State(Enum):
@@ -101,6 +105,8 @@ class StreamParser:
         self._tokens: list[TextToken] = []  # not given out yet
         self._buffer = ""  # ordinary text that may be the beginning of a tag
         self._space = ""  # white space of content that is dropped if a call follows
+        self._is_long_space = False  # the white space that is running was too long to hold
+        self._is_after_call = False  # no text since the last call
         self._name = ""
         self._key = ""
         self._arguments: ArgumentsWriter | None = None
@@ -140,7 +146,7 @@ class StreamParser:
         if self._arguments is not None:
             self.is_cut = cut
             self._end_call(cut=cut)
-        if not self.calls:
+        if not self._is_after_call:
             self._emit_content(self._space)
         self.done = True
         return self._drain()
@@ -258,7 +264,7 @@ class StreamParser:
         if name not in self._tools:
             self._become_foreign()
             return False
-        self._space = ""
+        self._space, self._is_long_space = "", False
         self._events.append(ToolCallStart(self.calls, self._new_id(), name))
         self._arguments = ArgumentsWriter(self._tools[name])
         self.calls += 1
@@ -267,7 +273,7 @@ class StreamParser:
 
     def _become_foreign(self) -> None:
         self._state = _State.FOREIGN
-        space, self._space = self._space, ""
+        space, self._space, self._is_long_space = self._space, "", False
         self._emit_content(f"{space}<tool_call>{self._name}")
 
     def _end_call(self, *, cut: bool = False) -> None:
@@ -275,6 +281,7 @@ class StreamParser:
             self._emit_arguments(self._arguments.finish(cut=cut))
             self._arguments = None
             self._tokens.clear()
+            self._is_after_call = True
             self.done = not self._parallel
         self._state = _State.CONTENT
 
@@ -289,13 +296,18 @@ class StreamParser:
         if not self._tools:
             self._emit_content(text)
             return
-        text = self._space + text
         visible = text.rstrip()
-        self._space = text[len(visible) :]
-        self._emit_content(visible)
+        if visible:
+            self._emit_content(self._space + visible)
+            self._space, self._is_long_space = "", False
+        self._space += text[len(visible) :]
+        if self._is_long_space or len(self._space) > _MAX_SPACE:
+            self._emit_content(self._space)
+            self._space, self._is_long_space = "", True
 
     def _emit_content(self, text: str) -> None:
         if text:
+            self._is_after_call = False
             self._events.append(ContentDelta(text, self._take_tokens()))
 
     def _emit_arguments(self, fragment: str) -> None:

@@ -97,9 +97,11 @@ def test_the_text_of_control_tokens_is_searched_too() -> None:
     assert text_of(included) == "thought</think>"
 
 
-def test_the_first_tokens_are_not_searched() -> None:
+@pytest.mark.parametrize("min_tokens", [2, 3])
+def test_the_first_tokens_are_not_searched(min_tokens: int) -> None:
     ids = TOY.encode("a.b.c.")
-    detokenizer = Detokenizer(TOY, (".",), min_tokens=3)
+    assert len(ids) == 6
+    detokenizer = Detokenizer(TOY, (".",), min_tokens=min_tokens)
     assert text_of(decode(ids, detokenizer)) == "a.b"
     assert detokenizer.count == 4
 

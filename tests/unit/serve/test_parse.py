@@ -112,6 +112,20 @@ def test_turns(
 
 
 @pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (f"a{CITY} \n", "a"),
+        (f"a{CITY} b \n", "a b \n"),
+        (f"a{' ' * 32}{CITY}{' ' * 32}b", f"a{' ' * 32}b"),
+        (f"a{' ' * 33}{CITY}{' ' * 33}{CITY}", f"a{' ' * 66}"),
+        (f" {CITY}{' ' * 40}\n\n<tool_call>rm</tool_call> {CITY}", f"{' ' * 40}\n\n<tool_call>rm</tool_call>"),
+    ],
+)
+def test_white_space_around_calls(text: str, content: str, as_text: bool) -> None:
+    assert parse(text, as_text=as_text).content == content
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "<tool_call>rm_rf<arg_key>x</arg_key><arg_value>1</arg_value></tool_call>",

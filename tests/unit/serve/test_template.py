@@ -256,6 +256,13 @@ def test_a_file_with_a_switch_and_no_levels(tmp_path: Path) -> None:
     assert "no effort levels" in template.render(HELLO, effort="high").warnings[0]
 
 
+def test_a_file_that_never_thinks(tmp_path: Path) -> None:
+    template = from_file("{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>", tmp_path)
+    for effort in (None, "none"):
+        rendered = template.render(HELLO, effort=effort)
+        assert (rendered.text, rendered.thinking, rendered.warnings) == ("Hello<|assistant|>", False, ())
+
+
 def test_levels_of_its_own(tmp_path: Path) -> None:
     template = from_file(
         "{{ reasoning_effort if reasoning_effort in ('low', 'medium') else 'plain' }}<think>", tmp_path
