@@ -381,38 +381,6 @@ def test_leaving_before_the_answer_stops_the_generation(server: LiveServer) -> N
     server.wait(server.is_idle)
 
 
-def test_a_coding_agents_request_works_round_after_round(client: openai.OpenAI) -> None:
-    """As agents send it: many tools, nothing stored, reasoning asked for packed and handed back without its text."""
-    tools = [{**WEATHER, "name": f"tool{n}"} for n in range(24)]
-    turns: list[Any] = [
-        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Rules. " * 200}]},
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "please run tool7"}]},
-    ]
-    for number in range(2):
-        response, _ = stream(
-            client,
-            turns,
-            instructions="You are an agent.",
-            tools=tools,
-            tool_choice="auto",
-            parallel_tool_calls=False,
-            reasoning={"effort": "high", "summary": "auto"},
-            include=["reasoning.encrypted_content"],
-            store=False,
-            prompt_cache_key="session-1",
-            text={"verbosity": "low"},
-        )
-        reasoning, call = response.output
-        assert isinstance(reasoning, ResponseReasoningItem)
-        assert isinstance(call, ResponseFunctionToolCall)
-        assert call.name == "tool7"
-        packed = {key: value for key, value in reasoning.to_dict().items() if key != "content"}
-        turns += [packed, call, {"type": "function_call_output", "call_id": call.call_id, "output": "ok"}]
-        turns.append({"role": "user", "content": f"again with tool7, {number}"})
-    assert response.usage is not None
-    assert response.usage.input_tokens_details.cached_tokens
-
-
 async def test_many_streams_at_once_leave_nothing_behind(server: LiveServer) -> None:
     async def one(number: int, client: openai.AsyncOpenAI) -> bool:
         """Whether the stream was read to its end."""
