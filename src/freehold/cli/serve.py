@@ -95,10 +95,8 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_queue": max_queue,
     }
-    if max_model_len is not None:
-        limits["max_model_len"] = max_model_len
-    if names:
-        limits["model_name"] = names[0]
+    optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
+    limits |= {name: value for name, value in optional.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
         if directory is None:
@@ -108,14 +106,9 @@ def serve(
             settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
+        template = _template(directory, profile)
         state = server.build_state(
-            engine,
-            tokenizer,
-            _template(directory, profile),
-            model_names=names,
-            sampling=sampling,
-            api_keys=keys,
-            loopback=loopback,
+            engine, tokenizer, template, model_names=names, sampling=sampling, api_keys=keys, loopback=loopback
         )
         server.serve(state, sock, drain_timeout=drain_timeout)
 

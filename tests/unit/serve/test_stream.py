@@ -67,7 +67,7 @@ async def run(client: Client, source: Source, **options: Any) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  any condition
+        while not condition():
             await asyncio.sleep(0.001)
 
 
