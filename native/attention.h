@@ -101,7 +101,7 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
       const bf16* x[kTileRows];
       const int64_t n = min64(kTileRows, heads - h);
       for (int64_t j = 0; j < n; ++j) x[j] = query + (h + j) * a.query_head;
-      dot_rows<bf16>(w, x, n, a.latent_dim, [&](int64_t m, __m128 v) {
+      dot_rows<bf16>(w, x, n, a.latent_dim, 0, [&](int64_t m, __m128 v) {
         _mm_storeu_ps(scores + (h + m) * kAttendChunk + k, _mm_mul_ps(v, _mm_set1_ps(a.scale)));
       });
     }

@@ -12,6 +12,10 @@ constexpr int64_t kMostChunks = 0xffff;
 // call; the yielding that follows bridges the Python between two calls, and gives way to whoever else can run.
 constexpr uint64_t kSpin = 15'000, kYield = 600'000;
 
+// A wait this long, and longer than the caller's own share, means that a worker lost its processor inside a chunk.
+// The machine is then busy elsewhere, and the caller goes on alone for kAlone times as long as it waited.
+constexpr uint64_t kStall = 300'000, kAlone = 8;
+
 std::atomic<int64_t> forks{0};
 
 void count_forks() {
@@ -99,7 +103,8 @@ void Pool::serve(State* state, int worker) {
 }
 
 void Pool::run(int64_t chunks, Work work, void* arg) {
-  if (threads_ == 1 || chunks < 2) {
+  const uint64_t begin = __rdtsc();
+  if (threads_ == 1 || chunks < 2 || begin < alone_until_) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) work(arg, chunk, 0);
     return;
   }
@@ -122,6 +127,13 @@ void Pool::run(int64_t chunks, Work work, void* arg) {
     state.wake.notify_all();
   }
   help(state, 0);
+  const uint64_t worked = __rdtsc() - begin;
+  wait_for_others(state, chunks);
+  const uint64_t waited = __rdtsc() - begin - worked;
+  if (waited > kStall && waited > worked) alone_until_ = begin + worked + waited + kAlone * waited;
+}
+
+void Pool::wait_for_others(State& state, int64_t chunks) {
   const auto ready = [&] { return state.finished.load(std::memory_order_seq_cst) == chunks; };
   if (wait_briefly(ready)) return;
   std::unique_lock<std::mutex> lock(state.mutex);

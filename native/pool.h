@@ -1,7 +1,8 @@
 // A pool of threads for short bursts of work.
 //
 // The caller works too and never waits for a thread that has not begun: chunks are claimed one at a time, so a worker
-// that is asleep or descheduled costs nothing but its help. Idle workers spin briefly, then yield, then sleep.
+// that is asleep costs nothing but its help, and when one is descheduled inside a chunk the caller works alone for a
+// while. Idle workers spin briefly, then yield, then sleep.
 // What a chunk computes never depends on who runs it.
 #pragma once
 
@@ -54,10 +55,12 @@ class Pool {
   static void help(State& state, int worker);
   static void serve(State* state, int worker);
   void start();
+  void wait_for_others(State& state, int64_t chunks);
 
   int threads_;
   int64_t born_;  // number of forks seen when the workers were started
   State* state_ = nullptr;
+  uint64_t alone_until_ = 0;  // time stamp until which the caller asks for no help
 };
 
 }  // namespace freehold

@@ -94,7 +94,7 @@ void route(const RouteArgs& a, int64_t first, int64_t last, int64_t* ids, float*
   const bf16* w[4];
   for (int64_t e = 0; e < a.experts; e += 4) {
     four_rows(a.weight, a.weight_stride, e, a.experts, w);
-    dot_rows<bf16>(w, x, rows, a.inner,
+    dot_rows<bf16>(w, x, rows, a.inner, 0,
                    [&](int64_t m, __m128 v) { put(scratch + m * a.experts + e, v, a.experts - e); });
   }
   uint32_t* keys = reinterpret_cast<uint32_t*>(scratch + 16 * a.experts);

@@ -30,6 +30,14 @@ FH_INLINE void pack_keys(const SelectArgs& a, int64_t first, int64_t count, bf16
   for (int v = 0; v < kVectors; ++v) pack_rows(key + v * W, a.dim, packed + v * W * 2, kTile * 2);
 }
 
+// Prefetches the keys of the block that position `first` is in, from there on.
+FH_INLINE void ask_for_keys(const SelectArgs& a, int64_t first) {
+  const int64_t slot = a.table[first / a.block_size] * a.block_size + first % a.block_size;
+  const bf16* base = a.keys + slot * a.keys_stride;
+  const int64_t values = min64(kTile, a.block_size - first % a.block_size) * a.keys_stride;
+  for (int64_t i = 0; i < values; i += 32) prefetch(base + i);
+}
+
 template <int H>
 FH_INLINE void score_heads(const bf16* packed, const bf16* query, int64_t query_head, const float* weight, int64_t dim,
                            F* scores) {
@@ -162,6 +170,7 @@ void score(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, int64_
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int64_t keys = min64(kTile, last - tile);
     pack_keys(a, tile, keys, packed);
+    if (rows == 1 && tile + 2 * kTile <= last) ask_for_keys(a, tile + kTile);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t seen = min64(keys, a.start + row + r + 1 - tile);
       if (seen <= 0) continue;
