@@ -1,7 +1,8 @@
 """Who may ask: API keys, and a check of the Host header against DNS rebinding. A plain ASGI middleware.
 
 With keys, every path but `/health` and `/ready` wants one, as `Authorization: Bearer KEY` or `x-api-key: KEY`;
-`/metrics` is also open to callers on this machine, so that a scraper beside the server needs no secret.
+`/metrics` is also open to callers on this machine, so that a scraper beside the server needs no secret
+(a reverse proxy on this machine counts as such a caller: let it forward `/v1` only).
 Without keys the server is bound to loopback, and then the only callers that are not local programs are web pages: one
 that has pointed its own name at 127.0.0.1 is refused by its Host header, and one that has not cannot send
 `application/json` across origins, because the server answers no CORS preflight.
