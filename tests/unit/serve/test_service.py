@@ -127,7 +127,7 @@ async def test_a_stop_token_of_the_callers() -> None:
     assert told(events) == ("a", "", [], "stop")
 
 
-@pytest.mark.parametrize("per_step", [1, 5])
+@pytest.mark.parametrize("per_step", [1, 4, 5, 7])
 async def test_a_stop_string_ends_the_request(per_step: int) -> None:
     script = "think</think>one two three " + "four " * 300
     events, _ = await answer(ScriptedRunner(script, per_step=per_step), turn(stop=("never", "o thr")))
@@ -137,6 +137,21 @@ async def test_a_stop_string_ends_the_request(per_step: int) -> None:
     assert finish(events).usage.completion_tokens == last
     events, _ = await answer(ScriptedRunner(script), turn(stop=("o thr",), include_stop=True))
     assert told(events)[1] == "one two thr"
+
+
+async def test_a_stop_string_frees_the_engine_before_the_last_event() -> None:
+    async with scripted_engine(ScriptedRunner("one two " + "three " * 900)) as engine:
+        chat = ChatService(engine, TOY, ChatTemplate.builtin())
+        events = chat.run(chat.prepare(turn(stop=("two",), params=replace(GREEDY, max_tokens=2000))), request_id="r")
+        async for event in events:
+            if isinstance(event, TurnFinished):
+                break
+        for _ in range(500):
+            if engine.stats().running == 0:
+                break
+            await asyncio.sleep(0.001)
+        assert engine.stats().finished.get("abort") == 1
+        await events.aclose()
 
 
 async def test_stop_strings_are_matched_in_reasoning_too() -> None:
@@ -151,7 +166,7 @@ async def test_length() -> None:
     assert finish(events).usage.completion_tokens == 4
 
 
-@pytest.mark.parametrize("length", range(1, 16))
+@pytest.mark.parametrize("length", range(1, len(TOY.encode(CALL)) + 2))
 async def test_a_call_cut_by_length_has_valid_arguments_and_is_not_to_be_run(length: int) -> None:
     asked = turn(tools=(WEATHER,), effort="none", params=replace(GREEDY, max_tokens=length))
     reasoning, content, calls, reason = told((await answer(ScriptedRunner(CALL), asked))[0])

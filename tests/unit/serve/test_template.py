@@ -152,8 +152,9 @@ def test_a_tokenizers_own_control_tokens_are_the_ones_that_count(tmp_path: Path)
 
 
 def test_a_control_token_that_the_tokenizer_lacks_is_text(toy: Tokenizer) -> None:
-    prompt = RenderedPrompt((Segment("a"), Segment("<|nobody|>", True), Segment("b")), False)
-    assert prompt.encode(toy) == tuple(toy.encode("a<|nobody|>b"))
+    prompt = RenderedPrompt((Segment(" t"), Segment("he", True), Segment("<|user|>", True), Segment("b")), False)
+    assert prompt.encode(toy) == tuple(toy.encode(" the<|user|>b"))
+    assert len(prompt.encode(toy)) == 3
 
 
 def test_half_characters_are_refused(toy: Tokenizer) -> None:
