@@ -20,7 +20,16 @@ ISA_FLAGS = {
 }
 # -ffp-contract=off: a multiply and an add are fused only where the source says so, so every build rounds alike.
 # -Wno-maybe-uninitialized: GCC 12's own AVX-512 headers trip it.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 KERNEL_FLAGS = [*FLAGS, "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized", "-Wno-unused-function"]
 NATIVE = Path("native")
 
