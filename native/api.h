@@ -46,9 +46,10 @@ FH_API int fh_select(void* context, int64_t* out, int64_t out_row, const void* q
                      int64_t query_head, const float* weight, int64_t weight_row, int64_t rows, int64_t heads,
                      int64_t dim, const void* keys, int64_t keys_row, const int64_t* table, int64_t block_size,
                      int64_t start, int64_t topk);
+// Negative slots are skipped. start: negative, or row r takes only its first start + r + 1 slots.
 FH_API int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
                      int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
-                     const int64_t* slots, int64_t slots_row, int64_t count, float scale);
+                     const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale);
 // out [rows, heads, rank + rope] = [nope part · W_UK, rope part]; out is contiguous.
 FH_API int fh_absorb(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
                      int64_t heads, int64_t nope, int64_t rope, const void* kv_b, int64_t kv_b_row, int64_t value,

@@ -131,10 +131,10 @@ int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, i
 
 int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
               int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
-              const int64_t* slots, int64_t slots_row, int64_t count, float scale) {
+              const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale) {
   return freehold::call(context, [&](Context& c) {
     const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, static_cast<const bf16*>(latent),
-                          latent_row, slots, slots_row, count, heads, latent_dim, rank, scale};
+                          latent_row, slots, slots_row, count, start, heads, latent_dim, rank, scale};
     const int64_t chunks = (count + freehold::kAttendChunk - 1) / freehold::kAttendChunk;
     const int64_t part = freehold::attend_part(heads, rank), scratch = freehold::attend_scratch(heads);
     const auto finish = [&](int64_t row, const float* whole) {
@@ -148,7 +148,7 @@ int fh_attend(void* context, void* out, const void* query, int64_t query_row, in
         float *whole = reinterpret_cast<float*>(memory + scratch), *next = whole + part;
         for (int64_t row = first; row < last; ++row) {
           c.kernels.attend(args, row, 0, whole, memory);
-          for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+          for (int64_t chunk = 1; chunk * freehold::kAttendChunk < attend_count(args, row); ++chunk) {
             c.kernels.attend(args, row, chunk, next, memory);
             c.kernels.merge(whole, next, heads, rank);
           }

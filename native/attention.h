@@ -84,7 +84,7 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
   bf16* p = reinterpret_cast<bf16*>(scores + heads * kAttendChunk);         // [heads][chunk]
   bf16* packed = p + heads * kAttendChunk;                                  // [chunk/2][W][2]
   const bf16** rows = reinterpret_cast<const bf16**>(packed + kAttendChunk * W);
-  const int64_t first = chunk * kAttendChunk, end = min64(first + kAttendChunk, a.count);
+  const int64_t first = chunk * kAttendChunk, end = min64(first + kAttendChunk, freehold::attend_count(a, row));
   int64_t count = 0;
   for (int64_t k = first; k < end; ++k)
     if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0) {

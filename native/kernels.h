@@ -41,9 +41,13 @@ struct AttendArgs {
   int64_t latent_stride;
   const int64_t* slots;
   int64_t slots_row, count;  // slots a row; negative ones are skipped
+  int64_t start;             // if not negative, row r takes only its first start + r + 1 slots (causal)
   int64_t heads, latent_dim, rank;
   float scale;
 };
+inline int64_t attend_count(const AttendArgs& a, int64_t row) {
+  return a.start >= 0 && a.start + row + 1 < a.count ? a.start + row + 1 : a.count;
+}
 // Slots are attended to in chunks of this many; partial results are merged in the chunks' order.
 constexpr int64_t kAttendChunk = 64;
 

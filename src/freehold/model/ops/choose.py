@@ -29,5 +29,5 @@ def load_ops(dtype: torch.dtype, choice: OpsChoice = "auto") -> Ops:
     except NativeUnavailable as cause:
         if choice == "native":
             raise ConfigError(f"the native kernels cannot be used: {cause}") from None
-        print(f"warning: running on the slow PyTorch reference: the native kernels {cause}", file=sys.stderr)
+        print(f"warning: running on the slow PyTorch reference, because {cause}", file=sys.stderr)
         return ReferenceOps()

@@ -33,7 +33,7 @@ _SIGNATURES = {
     "rope": "p pll l l l l l p p i",
     "write": "pl p pl l l l p p f l l p p i",
     "select": "pl pll pl l l l pl p l l l",
-    "attend": "p pll l l pl l l p l l f",
+    "attend": "p pll l l pl l l p l l l f",
     "absorb": "p pll l l l l pl l l",
     "unabsorb": "p p l l l l l pl",
 }
@@ -50,7 +50,8 @@ class NativeUnavailable(Exception):
 def _libraries() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     if not _PATH.exists():
         raise NativeUnavailable(
-            "they were not built (no C++ compiler when Freehold was installed, or not an x86-64 machine)"
+            f"{_PATH.name} was not built: there was no C++ compiler when Freehold was installed (install g++ and run "
+            "the installation again), or this is not an x86-64 machine"
         )
     try:
         libraries = ctypes.CDLL(str(_PATH)), ctypes.PyDLL(str(_PATH))

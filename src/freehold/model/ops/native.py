@@ -276,14 +276,37 @@ class NativeOps(ReferenceOps):
     ) -> Tensor:
         if query_RNL.dtype is not _BF16 or latent_SL.dtype is not _BF16:
             return super().sparse_attention(query_RNL, latent_SL, slots_RK, rank, scale)
-        query, latent, slots = _dense(query_RNL), _dense(latent_SL), _dense(slots_RK)
+        slots = _dense(slots_RK)
+        return self._attend(_dense(query_RNL), _dense(latent_SL), slots, slots.stride(0), -1, rank, scale)
+
+    def dense_attention(
+        self,
+        query_TNC: Tensor,
+        latent_SL: Tensor,
+        kv_b_OV: Tensor,
+        span: Span,
+        block_size: int,
+        nope: int,
+        scale: float,
+    ) -> Tensor:
+        """In the absorbed form too: it skips what lies ahead of a row and needs no keys and values of every head."""
+        if query_TNC.dtype is not _BF16 or latent_SL.dtype is not _BF16 or nope > _MOST_NOPE:
+            return super().dense_attention(query_TNC, latent_SL, kv_b_OV, span, block_size, nope, scale)
+        query_RNL = self.absorb(query_TNC[span.row : span.row + span.length], kv_b_OV, nope)
+        slots = span.slots_P(block_size)
+        mixed = self._attend(query_RNL, _dense(latent_SL), slots, 0, span.start, kv_b_OV.shape[1], scale)
+        return self.unabsorb(mixed, kv_b_OV, nope)
+
+    def _attend(
+        self, query: Tensor, latent: Tensor, slots: Tensor, slots_row: int, start: int, rank: int, scale: float
+    ) -> Tensor:
         rows, heads, latent_dim = query.shape
         query_row, query_head, _ = query.stride()
         out = torch.empty((rows, heads, rank), dtype=_BF16)
         status = self._native.attend(
             self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads,
-            latent.data_ptr(), latent.stride(0), latent_dim, rank, slots.data_ptr(), slots.stride(0), slots.shape[1],
-            scale,
+            latent.data_ptr(), latent.stride(0), latent_dim, rank,
+            slots.data_ptr(), slots_row, slots.shape[-1], start, scale,
         )  # fmt: skip
         self._check(status)
         return out
