@@ -15,7 +15,7 @@ from freehold.serve.jinja_template import JinjaTemplate
 from freehold.serve.template import ChatTemplate
 
 TOY = Tokenizer.toy(512)
-MANY = settings(max_examples=max(300, settings().max_examples))  # the nightly profile has more
+MANY = settings(max_examples=max(150, settings().max_examples))  # the nightly profile has more
 GOLDEN = Path(__file__).parents[1] / "golden" / "templates"
 PROFILES = {"glm-5.2": "glm_5_2.jinja", "glm-5.3": "glm_5_3.jinja"}
 

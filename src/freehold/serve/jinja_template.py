@@ -49,11 +49,11 @@ class JinjaTemplate:
         self._source, self._name, self._constants = source, name, dict(constants or {})
         environment = _environment()
         try:
-            undeclared = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            inputs = _inputs(environment.parse(source))
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{name}, line {error.lineno}: {error.message}") from None
-        self.reads = frozenset(undeclared) - _GIVEN - set(environment.globals) - set(self._constants)
+        self.reads = inputs - _GIVEN - set(environment.globals) - set(self._constants)
         longest_first = sorted(set(control_tokens), key=len, reverse=True)
         self._codes = {token: chr(_FIRST + 1 + i) for i, token in enumerate(longest_first)}
         self._texts = {code: token for token, code in self._codes.items()}
@@ -184,6 +184,24 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
+
+
+def _inputs(template: jinja2.nodes.Template) -> frozenset[str]:
+    """The variables a caller may set: those it reads, but for names that it sets itself and only seem undeclared
+    because it does so in a branch. `{% set x = x or 1 %}` gives an input a default, and keeps it one."""
+
+    def names(node: jinja2.nodes.Node) -> set[str]:
+        found = {name.name for name in node.find_all(jinja2.nodes.Name)}
+        return found | {node.name} if isinstance(node, jinja2.nodes.Name) else found
+
+    own = {macro.name for macro in template.find_all(jinja2.nodes.Macro)}
+    for loop in template.find_all(jinja2.nodes.For):
+        own |= names(loop.target)
+    for block in template.find_all(jinja2.nodes.AssignBlock):
+        own |= names(block.target)
+    for assignment in template.find_all(jinja2.nodes.Assign):
+        own |= names(assignment.target) - names(assignment.node)
+    return frozenset(jinja2.meta.find_undeclared_variables(template)) - own
 
 
 def _tojson(

@@ -276,15 +276,17 @@ def test_levels_of_its_own(tmp_path: Path) -> None:
 
 def test_only_variables_that_a_file_reads_are_accepted(tmp_path: Path) -> None:
     template = from_file(
-        "{% set own = 1 %}{{ bos_token }}{{ persona }}{{ own }}{{ strftime_now('%Y')[:0] }}"
-        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{% set own = 1 %}{{ bos_token }}{% set persona = persona or '' %}{{ persona }}{{ own }}"
+        "{{ strftime_now('%Y')[:0] }}"
+        "{% if tools %}{% macro mine() %}{% endmacro %}{% set late = 1 %}{% set block %}{% endset %}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{{ late }}{{ block }}{% if mine %}{% endif %}{% endfor %}{{ m }}",
         tmp_path,
     )
     assert template.source is not None
     assert template.source.reads == {"bos_token", "persona"}
     rendered = template.render(HELLO, template_kwargs={"persona": "<|user|>"})
     assert rendered.segments == (Segment("<|user|>1Hello"),)
-    for name in ("own", "messages", "tools", "raise_exception", "clear_thinking"):
+    for name in ("own", "late", "mine", "block", "m", "messages", "tools", "raise_exception", "clear_thinking"):
         with pytest.raises(UnknownField, match=f"chat_template_kwargs.{name}: .*bos_token, persona"):
             template.render(HELLO, template_kwargs={name: 1})
 
@@ -312,6 +314,11 @@ def test_no_file_is_the_builtin_renderer(tmp_path: Path) -> None:
     assert ChatTemplate.from_dir(tmp_path, profile="glm-5.3").profile.name == "glm-5.3"
     with pytest.raises(ConfigError, match=r"glm-5\.2, glm-5\.3"):
         ChatTemplate.builtin("glm-9")
+
+
+def test_blocks_are_trimmed_as_transformers_trims_them(tmp_path: Path) -> None:
+    source = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n<think>\n"
+    assert from_file(source, tmp_path).render(HELLO).text == "Hello\n<think>"
 
 
 def test_training_marks_and_loop_controls_are_understood(tmp_path: Path) -> None:
