@@ -14,11 +14,11 @@ allowed, as `serve/arguments.py` reads them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from freehold.engine.tool_schema import Document, Schema, check_size, properties, take_apart
+from freehold.engine.tool_schema import Document, Schema, check_size, properties, rewritten, take_apart
 from freehold.errors import InvalidRequest, UnsupportedField
 from freehold.types import Guide, ToolSpec
 
@@ -188,12 +188,15 @@ def _is_escaped(text: str, index: int) -> bool:
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
 
 
-def _prepared(schema: Any) -> Any:
-    """A copy without `format`s that llguidance would refuse, and without options addressed to it."""
-    if isinstance(schema, Mapping):
-        check_size(schema.get("properties"))
-        kept = {key: value for key, value in schema.items() if key != "x-guidance"}
-        if isinstance(kept.get("format"), str) and kept["format"] not in _ENFORCED_FORMATS:
-            del kept["format"]
-        return {key: _prepared(value) for key, value in kept.items()}
-    return [_prepared(value) for value in schema] if isinstance(schema, list | tuple) else schema
+def _prepared(schema: Schema) -> dict[str, Any]:
+    """A copy without `format`s that llguidance would refuse. Raises InvalidRequest for an object that is too large."""
+
+    def prepare(part: Schema) -> Schema:
+        check_size(part.get("properties"))
+        given = part.get("format")
+        if not isinstance(given, str) or given in _ENFORCED_FORMATS:
+            return part
+        return {key: value for key, value in part.items() if key != "format"}
+
+    copy: dict[str, Any] = rewritten(schema, prepare)
+    return copy

@@ -7,7 +7,7 @@ apart into the two: `take_apart`. Whatever cannot be taken apart is refused by n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ _ANNOTATIONS = frozenset(
 # What a tool's parameters may say besides: these only speak of properties that the grammar never produces.
 _OBJECT_KEYS = frozenset(("type", "properties", "required", "additionalProperties", "patternProperties"))
 _STRING_KEYS = frozenset(("type", "pattern", "minLength", "maxLength"))
+_MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+_DATA = frozenset(("const", "enum", "default", "example", "examples"))
 _PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "null": (type(None),), "boolean": (bool,), "integer": (int,), "number": (int, float), "string": (str,),
     "array": (list, tuple), "object": (Mapping,),
@@ -99,16 +101,31 @@ def _merged(parts: Sequence[Any], where: str) -> dict[str, Any]:
     return merged
 
 
+def rewritten(schema: Any, change: Callable[[Schema], Schema]) -> Any:
+    """A copy of a schema with `change` applied to every schema in it, and to nothing that only looks like one."""
+    if isinstance(schema, list | tuple):
+        return [rewritten(part, change) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    copy: dict[str, Any] = {}
+    for key, value in change(schema).items():
+        if key in _MAPS_OF_SCHEMAS and isinstance(value, Mapping):
+            copy[key] = {name: rewritten(part, change) for name, part in value.items()}
+        else:
+            copy[key] = value if key in _DATA else rewritten(value, change)
+    return copy
+
+
 def _move_refs(schema: Any) -> Any:
     """A copy in which `#/...` refers to a document that was moved to `$defs`."""
-    if isinstance(schema, Mapping):
-        return {
-            key: f"#/$defs/{_MOVED}{value[1:]}"
-            if key == "$ref" and isinstance(value, str) and value.startswith("#")
-            else _move_refs(value)
-            for key, value in schema.items()
-        }
-    return [_move_refs(value) for value in schema] if isinstance(schema, list | tuple) else schema
+
+    def move(part: Schema) -> Schema:
+        ref = part.get("$ref")
+        if isinstance(ref, str) and ref.startswith("#"):
+            return {**part, "$ref": f"#/$defs/{_MOVED}{ref[1:]}"}
+        return part
+
+    return rewritten(schema, move)
 
 
 def properties(root: Document, where: str) -> Iterator[tuple[str, Any, bool]]:
@@ -156,7 +173,7 @@ def take_apart(root: Document, schema: Any, where: str, depth: int = 0) -> Forms
         raise InvalidRequest(f"{where}: $ref leads in a circle", param="tools")
     schema = root.resolve(schema, where)
     types = schema.get("type")
-    if not isinstance(types, str | list | tuple | None):
+    if "type" in schema and not isinstance(types, str | list | tuple):
         raise InvalidRequest(f"{where}: type must be a name or a list of names", param="tools")
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]

@@ -305,6 +305,25 @@ def test_a_tokenizer_without_tool_tags_is_refused() -> None:
         compiler.validate(Guide("tool_call", tools=(NOW,)))
 
 
+def test_names_and_values_that_look_like_keywords_are_left_alone() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "const": {"type": "string", "format": "int64"},
+            "format": {"const": {"format": "int64", "$ref": "#/x"}},
+            "again": {"$ref": "#/properties/format"},
+        },
+        "required": ["const", "format", "again"],
+        "additionalProperties": False,
+    }
+    value = {"const": "any", "format": {"format": "int64", "$ref": "#/x"}, "again": {"format": "int64", "$ref": "#/x"}}
+    assert accepts(Guide("json_schema", schema=schema), json.dumps(value))
+    wrong = json.dumps(value).replace("#/x", "#/y")
+    assert not accepts(Guide("json_schema", schema=schema), wrong)
+    tool = Guide("tool_call", tools=(ToolSpec("f", {**schema, "required": ["again"]}),))
+    assert accepts(tool, call(argument(json.dumps(value["again"]), "again")))
+
+
 def test_many_tools_are_fine() -> None:
     kinds: list[Any] = [{"type": "string"}, {"type": "integer"}, {"enum": ["a", "b"]}, {"items": {"type": "string"}}]
     tools = [ToolSpec(f"t{i}", {"properties": {f"{i}-{j}": kinds[j % 4] for j in range(10)}}) for i in range(100)]

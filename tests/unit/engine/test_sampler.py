@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -103,7 +104,7 @@ def test_distribution_is_the_definition(params: SamplingParams) -> None:
 
 @pytest.mark.parametrize("which", range(9))
 def test_samples_follow_the_distribution(which: int) -> None:
-    draws, vocab = 20_000, 64
+    draws, vocab = 20_000, 320  # five blocks of the two-level draw
     seed = 1234 if which % 2 else None
     params = replace(FILTERS[which], seed=seed, top_k=min(FILTERS[which].top_k, 8))
     sampler = make(params, vocab=vocab)
@@ -182,6 +183,25 @@ def test_a_seed_decides_in_any_batch(params: SamplingParams, vocab: int) -> None
     company = [SamplingParams(seed=i) for i in range(9)] + [SamplingParams(), SamplingParams(temperature=0, logprobs=1)]
     for row in (0, 4, 11):
         assert tokens(company, row) == alone(row)
+
+
+@pytest.mark.parametrize("vocab", [64, 320, 4099, 8192])
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(logit_bias={0: 1.0})], ids=["plain", "row"])
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 0), (1 - 2**-53, 10)])
+def test_the_ends_of_the_random_range_find_tokens_that_can_be(
+    vocab: int, params: SamplingParams, uniform: float, expected: int
+) -> None:
+    class Constant(random.Random):
+        def random(self) -> float:
+            return uniform
+
+    logits = torch.full((1, vocab), float("-inf"))
+    middle = vocab // 2
+    logits[0, middle : middle + 11] = torch.randn(11, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(vocab, EOS, None)
+    sampler._random = Constant()
+    sampler.add(NewRequest("0", (), params))
+    assert sampler.sample(logits, ["0"])[0].token_id == middle + expected
 
 
 def test_seeds_differ_and_unseeded_requests_differ() -> None:
