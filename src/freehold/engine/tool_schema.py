@@ -95,6 +95,8 @@ def _merged(parts: Sequence[Any], where: str) -> dict[str, Any]:
     """The one schema that says what all parts say, if they speak of different things."""
     merged: dict[str, Any] = {}
     for part in parts:
+        if not isinstance(part, Mapping) and part is not True:
+            raise InvalidRequest(f"{where}: {part!r} is not a JSON schema that a value can have", param="tools")
         for key, value in ({} if part is True else part).items():
             if key not in _ANNOTATIONS and merged.setdefault(key, value) != value:
                 raise InvalidRequest(f"{where}: {key!r} is given twice, differently, in one schema", param="tools")
