@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from freehold.engine.tool_schema import Document, Schema, check_size, properties, rewritten, take_apart
+from freehold.engine.schema_shape import Schema, check_shape, rewritten
+from freehold.engine.tool_schema import Document, properties, take_apart
 from freehold.errors import InvalidRequest, UnsupportedField
 from freehold.types import Guide, ToolSpec
 
@@ -70,6 +71,7 @@ class _Builder:
             case "json_schema":
                 if guide.schema is None:
                     raise InvalidRequest("json_schema needs a schema", param="response_format")
+                check_shape(guide.schema, "schema", "response_format")
                 body = self._json(guide.schema)
             case "tool_call":
                 body = self._tool_calls(guide)
@@ -131,11 +133,11 @@ class _Builder:
         terms = []
         if "minLength" in schema or "maxLength" in schema:
             low, high = schema.get("minLength", 0), schema.get("maxLength")
-            if not _is_count(low) or (high is not None and not _is_count(high)) or (high is not None and low > high):
-                raise InvalidRequest(f"{where}: minLength {low!r} and maxLength {high!r} do not fit", param="tools")
+            if high is not None and low > high:
+                raise InvalidRequest(f"{where}: minLength {low} is more than maxLength {high}", param="tools")
             terms.append(f"/(?s:.{{{low},{'' if high is None else high}}})/")
         if "pattern" in schema:
-            terms.append(f"/{_search_regex(schema['pattern'], where)}/")
+            terms.append(f"/{_search_regex(schema['pattern'])}/")
         terminal = self._rule(" & ".join(terms) or _ANY_TEXT, terminal=True)
         if terms:
             self._to_try.append(f"start: {terminal}\n{self._rules[-1]}")
@@ -147,16 +149,10 @@ def _literal(text: str) -> str:
     return json.dumps(text)  # escaped to ASCII: its lexer does not take every character as it is
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _search_regex(pattern: Any, where: str) -> str:
+def _search_regex(pattern: str) -> str:
     """A JSON schema pattern, which may match anywhere, as a regex of the whole string for use between slashes."""
     from llguidance import regex_to_lark
 
-    if not isinstance(pattern, str):
-        raise InvalidRequest(f"{where}: pattern must be a string", param="tools")
     whole = []
     for branch in _top_level_branches(pattern):
         start, end = branch.startswith("^"), branch.endswith("$") and not _is_escaped(branch, len(branch) - 1)
@@ -189,12 +185,10 @@ def _is_escaped(text: str, index: int) -> bool:
 
 
 def _prepared(schema: Schema) -> dict[str, Any]:
-    """A copy without `format`s that llguidance would refuse. Raises InvalidRequest for an object that is too large."""
+    """A copy without `format`s that llguidance would refuse."""
 
     def prepare(part: Schema) -> Schema:
-        check_size(part.get("properties"))
-        given = part.get("format")
-        if not isinstance(given, str) or given in _ENFORCED_FORMATS:
+        if str(part.get("format", "date")) in _ENFORCED_FORMATS:
             return part
         return {key: value for key, value in part.items() if key != "format"}
 

@@ -7,29 +7,30 @@ apart into the two: `take_apart`. Whatever cannot be taken apart is refused by n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from freehold.engine.schema_shape import Schema, check_shape, rewritten
 from freehold.errors import InvalidRequest
 
-Schema = Mapping[str, Any]
-
-_ANNOTATIONS = frozenset(
-    ("title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "nullable",
-     "format", "contentEncoding", "contentMediaType", "$comment", "$schema", "$id", "$defs", "definitions", "strict")
+# Every keyword that a value can fail; any other is an annotation, or unknown, and means nothing for what is allowed.
+_ASSERTIONS = frozenset(
+    ("type", "enum", "const", "multipleOf", "maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum", "maxLength",
+     "minLength", "pattern", "items", "prefixItems", "additionalItems", "maxItems", "minItems", "uniqueItems",
+     "contains", "minContains", "maxContains", "properties", "patternProperties", "additionalProperties",
+     "maxProperties", "minProperties", "required", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
+     "unevaluatedItems", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "not", "if", "then", "else", "$ref",
+     "$dynamicRef", "$recursiveRef")
 )  # fmt: skip
 # What a tool's parameters may say besides: these only speak of properties that the grammar never produces.
 _OBJECT_KEYS = frozenset(("type", "properties", "required", "additionalProperties", "patternProperties"))
 _STRING_KEYS = frozenset(("type", "pattern", "minLength", "maxLength"))
-_MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
-_DATA = frozenset(("const", "enum", "default", "example", "examples"))
 _PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "null": (type(None),), "boolean": (bool,), "integer": (int,), "number": (int, float), "string": (str,),
     "array": (list, tuple), "object": (Mapping,),
 }  # fmt: skip
 _MAX_DEPTH = 64
-_MOST_PROPERTIES = 1_000
 
 
 class Document:
@@ -39,25 +40,30 @@ class Document:
         if schema is not None and not isinstance(schema, Mapping):
             raise InvalidRequest(f"{where}: its parameters must be a JSON schema, an object", param="tools")
         self.schema: Schema = schema or {}
+        check_shape(self.schema, where, "tools")
         self._has_refs = '"$ref"' in json.dumps(self.schema)
 
-    def resolve(self, schema: Any, where: str) -> Schema:
+    def resolve(self, schema: Schema | bool, where: str) -> Schema:
         """Follow `$ref`s at the top of a schema and merge an `allOf` of strings. True is the empty schema."""
         for _ in range(_MAX_DEPTH):
             if schema is True:
                 return {}
-            if not isinstance(schema, Mapping):
-                raise InvalidRequest(f"{where}: {schema!r} is not a JSON schema that a value can have", param="tools")
+            if schema is False:
+                raise InvalidRequest(f"{where}: no value satisfies the schema", param="tools")
             if "$ref" in schema:
-                parts = [self._pointed_at(schema["$ref"], where)]
-            elif isinstance(schema.get("allOf"), list | tuple):
-                parts = [self.resolve(part, where) for part in schema["allOf"]]
-                if len(parts) > 1 and not any(_speaks_of_strings(part) for part in (schema, *parts)):
-                    return schema  # objects and numbers are llguidance's to merge
+                handled, parts = "$ref", [self._pointed_at(schema["$ref"], where)]
+            elif "allOf" in schema:
+                handled, parts = "allOf", schema["allOf"]
             else:
                 return schema
-            siblings = {key: value for key, value in schema.items() if key not in _ANNOTATIONS | {"$ref", "allOf"}}
-            schema = parts[0] if len(parts) == 1 and not siblings else _merged([siblings, *parts], where)
+            siblings = {key: value for key, value in schema.items() if key in _ASSERTIONS - {handled}}
+            if len(parts) == 1 and not siblings:
+                schema = parts[0]
+                continue
+            parts = [siblings, *(self.resolve(part, where) for part in parts)]
+            if not any(_speaks_of_strings(part) for part in parts):
+                return schema  # llguidance merges objects and numbers better
+            schema = _merged(parts, where)
         raise InvalidRequest(f"{where}: $ref leads in a circle", param="tools")
 
     def standalone(self, schema: Schema) -> Schema:
@@ -67,9 +73,9 @@ class Document:
         moved: dict[str, Any] = _move_refs(dict(schema))
         return {**moved, "$defs": {**moved.get("$defs", {}), _MOVED: _move_refs(self.schema)}}
 
-    def _pointed_at(self, ref: Any, where: str) -> Any:
+    def _pointed_at(self, ref: str, where: str) -> Any:
         node: Any = self.schema
-        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+        if not (ref == "#" or ref.startswith("#/")):
             raise InvalidRequest(f"{where}: $ref {ref!r} is not within the schema", param="tools")
         for step in ref.split("/")[1:]:
             key = step.replace("~1", "/").replace("~0", "~")
@@ -77,6 +83,7 @@ class Document:
                 node = node[int(key)] if isinstance(node, list) else node[key]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise InvalidRequest(f"{where}: $ref {ref!r} points at nothing", param="tools") from None
+        check_shape(node, where, "tools", ref)  # it may point into what is not a schema
         return node
 
 
@@ -86,36 +93,17 @@ _MOVED = "__document__"
 def _speaks_of_strings(schema: Schema) -> bool:
     types = schema.get("type")
     values = [*schema.get("enum", ()), schema.get("const")]
-    return (
-        types == "string" or (isinstance(types, list) and "string" in types) or any(isinstance(v, str) for v in values)
-    )
+    return types == "string" or "string" in (types or ()) or any(isinstance(value, str) for value in values)
 
 
-def _merged(parts: Sequence[Any], where: str) -> dict[str, Any]:
+def _merged(parts: Sequence[Schema], where: str) -> dict[str, Any]:
     """The one schema that says what all parts say, if they speak of different things."""
     merged: dict[str, Any] = {}
     for part in parts:
-        if not isinstance(part, Mapping) and part is not True:
-            raise InvalidRequest(f"{where}: {part!r} is not a JSON schema that a value can have", param="tools")
-        for key, value in ({} if part is True else part).items():
-            if key not in _ANNOTATIONS and merged.setdefault(key, value) != value:
+        for key, value in part.items():
+            if key in _ASSERTIONS and merged.setdefault(key, value) != value:
                 raise InvalidRequest(f"{where}: {key!r} is given twice, differently, in one schema", param="tools")
     return merged
-
-
-def rewritten(schema: Any, change: Callable[[Schema], Schema]) -> Any:
-    """A copy of a schema with `change` applied to every schema in it, and to nothing that only looks like one."""
-    if isinstance(schema, list | tuple):
-        return [rewritten(part, change) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    copy: dict[str, Any] = {}
-    for key, value in change(schema).items():
-        if key in _MAPS_OF_SCHEMAS and isinstance(value, Mapping):
-            copy[key] = {name: rewritten(part, change) for name, part in value.items()}
-        else:
-            copy[key] = value if key in _DATA else rewritten(value, change)
-    return copy
 
 
 def _move_refs(schema: Any) -> Any:
@@ -123,9 +111,8 @@ def _move_refs(schema: Any) -> Any:
 
     def move(part: Schema) -> Schema:
         ref = part.get("$ref")
-        if isinstance(ref, str) and ref.startswith("#"):
-            return {**part, "$ref": f"#/$defs/{_MOVED}{ref[1:]}"}
-        return part
+        is_local = isinstance(ref, str) and ref.startswith("#")
+        return {**part, "$ref": f"#/$defs/{_MOVED}{str(ref)[1:]}"} if is_local else part
 
     return rewritten(schema, move)
 
@@ -133,28 +120,15 @@ def _move_refs(schema: Any) -> Any:
 def properties(root: Document, where: str) -> Iterator[tuple[str, Any, bool]]:
     """(name, schema, required) of each argument, in declared order. Refuses what arguments cannot express."""
     schema = root.resolve(root.schema, where)
-    unknown = [key for key in schema if key not in _ANNOTATIONS | _OBJECT_KEYS and not key.startswith("x-")]
+    unknown = [key for key in schema if key in _ASSERTIONS - _OBJECT_KEYS]
     if unknown or schema.get("type", "object") != "object":
         cause = f"{unknown[0]!r} is not supported" if unknown else f"type is {schema['type']!r}, not 'object'"
         raise InvalidRequest(f"{where}: {cause} at the top of parameters when a call is forced", param="tools")
     declared, required = schema.get("properties", {}), schema.get("required", [])
-    named = isinstance(required, list | tuple) and all(isinstance(key, str) for key in required)
-    if not isinstance(declared, Mapping) or not named:
-        raise InvalidRequest(f"{where}: properties must be an object and required a list of names", param="tools")
-    check_size(declared, where)
     for key in dict.fromkeys((*declared, *required)):
         if key not in required and declared[key] is False:
             continue
         yield key, declared.get(key, {}), key in required
-
-
-def check_size(declared: Any, where: str = "schema") -> None:
-    """Refuse an object with so many properties that compiling it, which takes time in their square, would not end."""
-    if isinstance(declared, Mapping) and len(declared) > _MOST_PROPERTIES:
-        raise InvalidRequest(
-            f"{where}: {len(declared):,} properties of one object are more than the {_MOST_PROPERTIES:,} that can be "
-            "enforced"
-        )
 
 
 @dataclass(slots=True)
@@ -175,40 +149,38 @@ def take_apart(root: Document, schema: Any, where: str, depth: int = 0) -> Forms
         raise InvalidRequest(f"{where}: $ref leads in a circle", param="tools")
     schema = root.resolve(schema, where)
     types = schema.get("type")
-    if "type" in schema and not isinstance(types, str | list | tuple):
-        raise InvalidRequest(f"{where}: type must be a name or a list of names", param="tools")
     if "const" in schema or "enum" in schema:
-        values = [schema["const"]] if "const" in schema else schema["enum"]
-        if not isinstance(values, list | tuple):
-            raise InvalidRequest(f"{where}: enum must be a list", param="tools")
-        return _enum_forms(schema, values, where)
+        return _enum_forms(schema, where)
     for union in ("anyOf", "oneOf"):
-        if isinstance(schema.get(union), list | tuple) and _may_be_string(root, schema, where):
+        if union in schema and _may_be_string(root, schema, where):
             return _union_forms(root, schema, union, where, depth)
-    if types == "string" or (isinstance(types, list | tuple) and "string" in types):
+    if types == "string" or "string" in (types or ()):
         rest = [] if types == "string" else [kind for kind in types if kind != "string"]
-        unknown = [key for key in schema if key not in _STRING_KEYS | _ANNOTATIONS and not key.startswith("x-")]
+        unknown = [key for key in schema if key in _ASSERTIONS - _STRING_KEYS]
         if unknown and not rest:
             raise InvalidRequest(f"{where}: {unknown[0]!r} is not supported for a string", param="tools")
         string = {key: schema[key] for key in _STRING_KEYS & schema.keys()}
         others = {key: value for key, value in schema.items() if key not in _STRING_KEYS}
         return Forms([string], [{**others, "type": rest}] if rest else [])
-    constraints = [key for key in schema if key not in _ANNOTATIONS and not key.startswith("x-")]
-    if not constraints or _STRING_KEYS & schema.keys() - {"type"}:
-        return Forms([{key: schema[key] for key in _STRING_KEYS & schema.keys()}])  # any text will do
-    if types is None and not {"anyOf", "oneOf", "allOf", "not"} & schema.keys():
-        return Forms(others=[{**schema, "type": [kind for kind in _PYTHON_TYPES if kind != "string"]}])
-    return Forms(others=[schema])
+    if types is not None or {"anyOf", "oneOf", "allOf", "not"} & schema.keys():
+        return Forms(others=[schema])
+    constraints = _ASSERTIONS & schema.keys()
+    if constraints <= _STRING_KEYS:
+        return Forms([{key: schema[key] for key in constraints}])
+    if constraints & _STRING_KEYS:
+        raise InvalidRequest(f"{where}: keywords of several types need a 'type'", param="tools")
+    return Forms(others=[{**schema, "type": [kind for kind in _PYTHON_TYPES if kind != "string"]}])
 
 
-def _enum_forms(schema: Schema, values: Sequence[Any], where: str) -> Forms:
+def _enum_forms(schema: Schema, where: str) -> Forms:
     """Strings as they are, anything else as JSON; a `type` beside the enum narrows both."""
     types = schema.get("type", list(_PYTHON_TYPES))
-    allowed = {types} if isinstance(types, str) else {kind for kind in types if isinstance(kind, str)}
-    values = [value for value in values if _type_names(value) & allowed]
+    allowed = {types} if isinstance(types, str) else set(types)
+    values = schema["enum"] if "enum" in schema else [schema["const"]]
+    values = [value for value in values if _type_names(value) & allowed and schema.get("const", value) == value]
     strings = [value for value in values if isinstance(value, str)]
     others = [value for value in values if not isinstance(value, str)]
-    beside = [key for key in schema if key not in _ANNOTATIONS | {"enum", "const", "type"} and not key.startswith("x-")]
+    beside = [key for key in schema if key in _ASSERTIONS - {"enum", "const", "type"}]
     if beside:
         raise InvalidRequest(f"{where}: {beside[0]!r} beside enum or const is not supported", param="tools")
     if others and any(_is_json(value) for value in strings):
@@ -233,7 +205,7 @@ def _may_be_string(root: Document, schema: Any, where: str, depth: int = 0) -> b
     schema = root.resolve(schema, where)
     if depth > _MAX_DEPTH:
         return True  # `take_apart` names the circle
-    unions = [schema[union] for union in ("anyOf", "oneOf") if isinstance(schema.get(union), list | tuple)]
+    unions = [schema[union] for union in ("anyOf", "oneOf") if union in schema]
     if unions:
         return any(_may_be_string(root, branch, where, depth + 1) for union in unions for branch in union)
     forms = take_apart(root, schema, where, depth + 1)

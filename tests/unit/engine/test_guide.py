@@ -184,10 +184,19 @@ def argument(value: str, key: str = "a") -> str:
         (True, ["anything"], []),
         ({"type": "string", "format": "uri-reference", "title": "T", "x-order": 1}, ["../a"], []),
         ({"minimum": 3}, ["4", "true"], ["2", '"x"']),
+        ({"type": "integer", "minLength": 3}, ["4"], ["four"]),
+        ({"minLength": 3}, ["four"], ["4"]),
+        ({"const": "a", "enum": ["a", "b"]}, ["a"], ["b"]),
+        ({"allOf": [{"maxLength": 3}], "$ref": "#/$defs/s"}, ["a", "abc"], ["abcd", "ABC"]),
     ],
 )
 def test_argument_values(schema: Any, right: list[str], wrong: list[str]) -> None:
-    guide = Guide("tool_call", tools=(ToolSpec("f", {"properties": {"a": schema}, "required": ["a"]}),))
+    parameters = {
+        "properties": {"a": schema},
+        "required": ["a"],
+        "$defs": {"s": {"type": "string", "pattern": "^[a-z]*$"}},
+    }
+    guide = Guide("tool_call", tools=(ToolSpec("f", parameters),))
     assert [value for value in right if not accepts(guide, call(argument(value)))] == []
     assert [value for value in wrong if accepts(guide, call(argument(value)))] == []
     assert not accepts(guide, call(""))
@@ -208,10 +217,11 @@ def test_argument_order_optional_ones_and_nothing_else() -> None:
 def test_references_within_parameters() -> None:
     schema = {
         "properties": {
-            "tree": {"$ref": "#/definitions/tree"},
+            "tree": {"$ref": "#/components/schemas/t"},
             "same": {"$ref": "#/properties/tree"},
             "s": {"$ref": "#/$defs/s"},
         },
+        "components": {"schemas": {"t": {"$ref": "#/definitions/tree"}, "odd": {"$ref": None, "properties": []}}},
         "definitions": {"tree": {"type": "array", "items": {"$ref": "#/definitions/tree"}}},
         "$defs": {"s": {"enum": ["x/y"]}},
     }
@@ -252,6 +262,9 @@ def test_schemas_that_cannot_be_enforced_are_refused_in_time(schema: Any, cause:
         {"type": "string", "minLength": 3, "maxLength": 1},
         {"type": "string", "minLength": "3"},
         {"type": "string", "pattern": 3},
+        {"minLength": 3, "minimum": 3},
+        {"const": "a", "enum": ["b"]},
+        {"$ref": "#/required"},
         {"anyOf": []},
         {"enum": ["1", 1]},
         {"enum": ["a"], "pattern": "a"},
@@ -263,7 +276,7 @@ def test_schemas_that_cannot_be_enforced_are_refused_in_time(schema: Any, cause:
     ],
 )
 def test_arguments_that_cannot_be_met_are_refused_in_time(schema: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"argument 'a'|enforced"):
+    with pytest.raises(InvalidRequest, match=r"argument 'a'|properties/a|enforced"):
         COMPILER.validate(Guide("tool_call", tools=(ToolSpec("f", {"properties": {"a": schema}, "required": ["a"]}),)))
 
 

@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from freehold import LLM, SamplingParams
 from freehold.engine.sim import SimConfig
-from freehold.errors import ContextTooLong, EngineError, InvalidRequest, UnknownField
+from freehold.errors import ConfigError, ContextTooLong, EngineError, InvalidRequest, UnknownField
 from freehold.serve.turn import ContentDelta, ReasoningDelta, TurnFinished
 from freehold.types import Guide
 
@@ -249,3 +251,33 @@ def test_close_ends_every_thread_and_so_does_forgetting_it() -> None:
 def test_the_simulation_needs_no_torch() -> None:
     code = "import sys; from freehold import LLM; LLM('sim').generate('x'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_real_checkpoint(tmp_path: Path) -> None:
+    from freehold.model.tiny import make_tiny
+
+    make_tiny(tmp_path / "nano", "nano")
+    defaults = {"temperature": 0.7, "top_p": 0.9, "eos_token_id": 1}
+    (tmp_path / "nano" / "generation_config.json").write_text(json.dumps(defaults))
+    with LLM(tmp_path / "nano", max_model_len=1024, cache_bytes=1 << 23, max_num_seqs=4) as llm:
+        assert llm.model_name == "nano"
+        assert (llm._defaults().temperature, llm._defaults().top_p) == (0.7, 0.9)
+        params = [SamplingParams(max_tokens=9, seed=seed, top_p=0.8) for seed in range(6)]
+        together = llm.generate(["Once upon a time"] * 6, params)
+        assert len({result.text for result in together}) > 1
+        assert llm.generate("Once upon a time", params[5]) == [
+            replace(together[5], usage=replace(together[5].usage, cached_tokens=0))
+        ]
+        schema = {
+            "type": "object",
+            "properties": {"a": {"enum": [1, 2]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+        shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        (answer,) = llm.chat(HELLO, response_format=shape, effort="none", max_tokens=600)
+        assert json.loads(answer.content)["a"] in (1, 2)
+    with pytest.raises(ConfigError, match="no-such"):
+        LLM(tmp_path / "no-such")
+    with pytest.raises(UnknownField, match="colour"):
+        LLM(tmp_path / "nano", colour="red")
