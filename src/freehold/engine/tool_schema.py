@@ -16,13 +16,12 @@ from freehold.errors import InvalidRequest
 
 # Every keyword that a value can fail; any other is an annotation, or unknown, and means nothing for what is allowed.
 _ASSERTIONS = frozenset(
-    ("type", "enum", "const", "multipleOf", "maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum", "maxLength",
-     "minLength", "pattern", "items", "prefixItems", "additionalItems", "maxItems", "minItems", "uniqueItems",
-     "contains", "minContains", "maxContains", "properties", "patternProperties", "additionalProperties",
-     "maxProperties", "minProperties", "required", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
-     "unevaluatedItems", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "not", "if", "then", "else", "$ref",
-     "$dynamicRef", "$recursiveRef")
-)  # fmt: skip
+    "type enum const multipleOf maximum exclusiveMaximum minimum exclusiveMinimum maxLength minLength pattern "
+    "items prefixItems additionalItems maxItems minItems uniqueItems contains minContains maxContains "
+    "properties patternProperties additionalProperties maxProperties minProperties required propertyNames "
+    "dependentRequired dependentSchemas dependencies unevaluatedItems unevaluatedProperties "
+    "anyOf oneOf allOf not if then else $ref $dynamicRef $recursiveRef".split()
+)
 # What a tool's parameters may say besides: these only speak of properties that the grammar never produces.
 _OBJECT_KEYS = frozenset(("type", "properties", "required", "additionalProperties", "patternProperties"))
 _STRING_KEYS = frozenset(("type", "pattern", "minLength", "maxLength"))
