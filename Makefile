@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 LOCKS := requirements/torch.txt requirements/run.txt requirements/dev.txt
+BUILT_FROM := pyproject.toml setup.py $(wildcard native/*)
 MODEL := models/$(SIZE)
 
 .PHONY: help up install test nightly lint format docs lock bench wheel clean
@@ -54,7 +55,7 @@ clean: ## remove .venv, caches and build results; keeps models/
 
 # torch comes first and without a hash (requirements/torch.txt says why), then everything else is checked by hash;
 # the second look at torch adds the vendor libraries that a GPU build of it needs, and nothing to a CPU build.
-$(INSTALLED): pyproject.toml $(LOCKS)
+$(INSTALLED): $(BUILT_FROM) $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Freehold needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "installing into $(VENV): about 1 GB, a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -120,6 +123,32 @@ def test_extras_in_error_messages_exist() -> None:
     for module, extra in EXTRA_OF.items():
         wanted = project["optional-dependencies"][extra]
         assert any(line.startswith(module) for line in wanted), f"extra {extra} does not bring {module}"
+
+
+def third_party_imports(files: list[Path]) -> dict[str, str]:
+    """The distribution of every imported module that is neither Python's nor ours, and a file that imports it."""
+    distributions = importlib.metadata.packages_distributions()
+    own = {"freehold", "tests", "docs", *(file.stem for file in tracked("benchmarks/*.py"))}
+    found: dict[str, str] = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for module in {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names:
+                for distribution in distributions.get(module, [module]):
+                    found[re.sub(r"[-_.]+", "-", distribution).lower()] = relative(file)
+    return found
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    run = [*project["dependencies"], *extras["engine"], *extras["oracle"]]
+    for files, declared in ((SOURCE, run), (PYTHON, [*run, *extras["dev"]])):
+        names = {re.split(r"[<>=\s\[]", line)[0].lower() for line in declared}
+        missing = {name: file for name, file in third_party_imports(files).items() if name not in names}
+        assert not missing, f"imported, but not in pyproject.toml: {missing}"
 
 
 def test_locks_hold_what_pyproject_asks_for_and_no_place() -> None:
