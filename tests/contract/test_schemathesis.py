@@ -34,10 +34,16 @@ def small_server() -> Iterator[LiveServer]:
 DOCUMENT = document(operations(), with_keys=False)
 
 
+# For arrays of these requests' unions of blocks schemathesis sometimes finds no element that is wrong, and then gives up
+# with an error of its own (InvalidSchema). Their wrong requests are in tests/unit/serve/test_messages.py.
+POSITIVE_ONLY = {"include-path": ["/v1/messages", "/v1/messages/count_tokens"], "generation": {"mode": "positive"}}
+
+
 def phase(name: str) -> schemathesis.BaseSchema:
     """The document, with one way of making requests from it."""
     names = ("examples", "coverage", "fuzzing")
-    config = schemathesis.Config.from_dict({"phases": {each: {"enabled": each == name} for each in names}})
+    phases = {each: {"enabled": each == name} for each in names}
+    config = schemathesis.Config.from_dict({"phases": phases, "operations": [POSITIVE_ONLY]})
     return schemathesis.openapi.from_dict(DOCUMENT, config=config)
 
 
