@@ -13,6 +13,7 @@ from torch import Tensor
 from freehold.engine.batch import BatchBuilder
 from freehold.engine.sampler import Sampled, Sampler
 from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
+from freehold.errors import EngineError
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
 from freehold.types import TokenLogprobs
@@ -53,7 +54,9 @@ class ModelRunner:
             self._scored[request.request_id] = (request.prompt_token_ids, request.params.prompt_logprobs)
 
     def _outputs(self, step: StepInput, hidden_TH: Tensor) -> list[SeqOutput]:
-        last_rows, ids, scores = [], [], []
+        last_rows: list[int] = []
+        ids: list[str] = []
+        scores: list[tuple[TokenLogprobs, ...] | EngineError | None] = []
         row = 0
         for seq in step.seqs:
             scores.append(self._score(seq, hidden_TH[row : row + len(seq.token_ids)]))
@@ -67,10 +70,13 @@ class ModelRunner:
             sampled = iter(self._sampler.sample(self._model.logits(rows), ids))
         outputs = []
         for seq, score in zip(step.seqs, scores, strict=True):
-            if not seq.samples:
+            token = next(sampled) if seq.samples else None
+            if isinstance(score, EngineError):
+                outputs.append(SeqOutput(seq.request_id, error=score))
+                continue
+            if token is None:
                 outputs.append(SeqOutput(seq.request_id, prompt_logprobs=score))
                 continue
-            token = next(sampled)
             outputs.append(
                 SeqOutput(
                     seq.request_id,
@@ -82,8 +88,8 @@ class ModelRunner:
             )
         return outputs
 
-    def _score(self, seq: ScheduledSeq, hidden_PH: Tensor) -> tuple[TokenLogprobs, ...] | None:
-        """The logprob of each next prompt token that this chunk's positions predict."""
+    def _score(self, seq: ScheduledSeq, hidden_PH: Tensor) -> tuple[TokenLogprobs, ...] | EngineError | None:
+        """The logprob of each next prompt token that this chunk's positions predict; broken logits fail their request."""
         wanted = self._scored.get(seq.request_id)
         if wanted is None:
             return None
@@ -93,5 +99,8 @@ class ModelRunner:
         for first in range(0, len(following), _SCORE_ROWS):
             targets = torch.tensor(following[first : first + _SCORE_ROWS], dtype=torch.int64)
             logits_PV = self._model.logits(hidden_PH[first : first + len(targets)])
-            found.extend(self._sampler.score(logits_PV, targets, top))
+            try:
+                found.extend(self._sampler.score(logits_PV, targets, top))
+            except EngineError as error:
+                return error
         return tuple(found)
