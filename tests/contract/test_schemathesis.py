@@ -34,8 +34,8 @@ def small_server() -> Iterator[LiveServer]:
 DOCUMENT = document(operations(), with_keys=False)
 
 
-# For arrays of these requests' unions of blocks schemathesis sometimes finds no element that is wrong, and then gives up
-# with an error of its own (InvalidSchema). Their wrong requests are in tests/unit/serve/test_messages.py.
+# For arrays of these requests' unions of blocks schemathesis sometimes finds no element that is wrong, and then gives
+# up with an error of its own (InvalidSchema). Their wrong requests are in tests/unit/serve/test_messages.py.
 POSITIVE_ONLY = {"include-path": ["/v1/messages", "/v1/messages/count_tokens"], "generation": {"mode": "positive"}}
 
 
