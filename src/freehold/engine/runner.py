@@ -89,7 +89,7 @@ class ModelRunner:
         return outputs
 
     def _score(self, seq: ScheduledSeq, hidden_PH: Tensor) -> tuple[TokenLogprobs, ...] | EngineError | None:
-        """The logprob of each next prompt token that this chunk's positions predict; an error if the logits are broken."""
+        """The logprob of each next prompt token this chunk's positions predict; an error if the logits are broken."""
         wanted = self._scored.get(seq.request_id)
         if wanted is None:
             return None
