@@ -44,30 +44,75 @@ void* fh_create(int threads, const char* isa) {
 
 void fh_destroy(void* context) { delete static_cast<Context*>(context); }
 
+namespace {
+
+struct Linear {
+  Context& c;
+  int kind;
+  void* out;
+  int64_t out_row;
+  const void* x;
+  int64_t x_row;
+  const void* weight;
+  int64_t weight_row, outputs, inner;
+  const void* bias;
+
+  int64_t in_size() const { return kind == 2 ? 4 : 2; }
+  int64_t out_size() const { return kind == 0 ? 2 : 4; }
+  void addresses(int64_t row, int64_t n, const void** xs, void** outs) const {
+    for (int64_t m = 0; m < n; ++m) {
+      xs[m] = static_cast<const char*>(x) + (row + m) * x_row * in_size();
+      outs[m] = static_cast<char*>(out) + (row + m) * out_row * out_size();
+    }
+  }
+  freehold::LinearArgs args(int64_t n, const void* const* xs, void* const* outs) const {
+    return {weight, weight_row, inner, xs, outs, n, bias, kind == 2, kind != 0};
+  }
+
+  // Every weight is read once; threads take outputs.
+  void few(int64_t rows) const {
+    const void* xs[kRows];
+    void* outs[kRows];
+    addresses(0, rows, xs, outs);
+    const auto a = args(rows, xs, outs);
+    const int64_t cost = inner * in_size() * (1 + rows / 4);
+    c.ranges(outputs, 16, cost, [&](int64_t first, int64_t last, int) { c.kernels.linear(a, first, last); });
+  }
+  // The sums of few(), for any number of rows; threads take rows.
+  void blocks(int64_t rows) const {
+    c.ranges(rows, kRows, outputs * inner / 2, [&](int64_t first, int64_t last, int) {
+      for (int64_t row = first; row < last; row += kRows) {
+        const void* xs[kRows];
+        void* outs[kRows];
+        const int64_t n = smaller(kRows, last - row);
+        addresses(row, n, xs, outs);
+        c.kernels.linear(args(n, xs, outs), 0, outputs);
+      }
+    });
+  }
+  void many(int64_t rows) const {
+    char* memory = c.shared.get(rows * 2 * int64_t(sizeof(void*)));
+    auto** xs = reinterpret_cast<const void**>(memory);
+    auto** outs = reinterpret_cast<void**>(memory + rows * sizeof(void*));
+    addresses(0, rows, xs, outs);
+    c.prepare(freehold::gemm_scratch(inner));
+    freehold::each_tile(c, rows, outputs, 2 * c.kernels.lanes,
+                        [&](int64_t row, int64_t n, int64_t first, int64_t last, int worker) {
+                          c.kernels.gemm(args(n, xs + row, outs + row), first, last,
+                                         reinterpret_cast<bf16*>(c.scratch(worker)));
+                        });
+  }
+};
+
+}  // namespace
+
 int fh_linear(void* context, int kind, void* out, int64_t out_row, const void* x, int64_t x_row, int64_t rows,
               const void* weight, int64_t weight_row, int64_t outputs, int64_t inner, const void* bias) {
   return call(context, [&](Context& c) {
-    const int64_t in_size = kind == 2 ? 4 : 2, out_size = kind == 0 ? 2 : 4;
-    // Many rows: each thread takes rows, and reads the (small) weights from its cache. Few: each takes outputs.
-    const int64_t blocks = (rows + kRows - 1) / kRows;
-    const auto part = [&](int64_t first_row, int64_t last_row, int64_t first, int64_t last) {
-      for (int64_t row = first_row; row < last_row; row += kRows) {
-        const void* xs[kRows];
-        void* outs[kRows];
-        const int64_t n = smaller(kRows, last_row - row);
-        for (int64_t m = 0; m < n; ++m) {
-          xs[m] = static_cast<const char*>(x) + (row + m) * x_row * in_size;
-          outs[m] = static_cast<char*>(out) + (row + m) * out_row * out_size;
-        }
-        c.kernels.linear({weight, weight_row, inner, xs, outs, n, bias, kind == 2, kind != 0}, first, last);
-      }
-    };
-    if (blocks > 1) {
-      c.ranges(rows, kRows, outputs * inner / 2, [&](int64_t a, int64_t b, int) { part(a, b, 0, outputs); });
-    } else {
-      const int64_t cost = inner * in_size * (1 + rows / 4);
-      c.ranges(outputs, 16, cost, [&](int64_t a, int64_t b, int) { part(0, rows, a, b); });
-    }
+    const Linear linear{c, kind, out, out_row, x, x_row, weight, weight_row, outputs, inner, bias};
+    if (rows <= kRows) return linear.few(rows);
+    if (kind == 0) return linear.many(rows);
+    linear.blocks(rows);
   });
 }
 

@@ -9,11 +9,11 @@ namespace {
 using freehold::bf16;
 using freehold::call;
 using freehold::Context;
+using freehold::kRowBlock;
 using freehold::kRows;
 using freehold::smaller;
 
-constexpr int64_t kRowBlock = 256;  // rows that are multiplied with one packed tile while it is in the cache
-constexpr int64_t kFewRows = 8;     // of an expert: fewer do not repay packing its weights
+constexpr int64_t kFewRows = 8;  // of an expert: fewer do not repay packing its weights
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -57,22 +57,13 @@ void large_swiglu(Context& c, const Mlp& mlp, bf16* out, const bf16* x, int64_t 
   auto** outs = reinterpret_cast<void**>(memory + rows * 2 * sizeof(void*));
   for (int64_t m = 0; m < rows; ++m) xs[m] = x + m * x_row, acts[m] = act + m * mlp.width, outs[m] = out + m * mlp.hidden;
   c.prepare(freehold::gemm_scratch(mlp.hidden > mlp.width ? mlp.hidden : mlp.width));
-  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
-  // Units are blocks of rows × tiles of outputs.
-  const auto tiled = [&](int64_t outputs, int64_t tile, auto fn) {
-    const int64_t tiles = (outputs + tile - 1) / tile;
-    c.pool.each(row_blocks * tiles, [&](int64_t unit, int worker) {
-      const int64_t row = unit / tiles * kRowBlock, first = unit % tiles * tile;
-      fn(row, smaller(kRowBlock, rows - row), first, smaller(first + tile, outputs),
-         reinterpret_cast<bf16*>(c.scratch(worker)));
-    });
-  };
-  tiled(mlp.width, lanes, [&](int64_t row, int64_t n, int64_t first, int64_t last, bf16* packed) {
-    c.kernels.gemm_gated(mlp.first(xs + row, acts + row, n), first, last, packed);
+  freehold::each_tile(c, rows, mlp.width, lanes, [&](int64_t row, int64_t n, int64_t first, int64_t last, int worker) {
+    c.kernels.gemm_gated(mlp.first(xs + row, acts + row, n), first, last, reinterpret_cast<bf16*>(c.scratch(worker)));
   });
-  tiled(mlp.hidden, 2 * lanes, [&](int64_t row, int64_t n, int64_t first, int64_t last, bf16* packed) {
+  freehold::each_tile(c, rows, mlp.hidden, 2 * lanes, [&](int64_t row, int64_t n, int64_t first, int64_t last,
+                                                          int worker) {
     c.kernels.gemm(mlp.second(reinterpret_cast<const void* const*>(acts + row), outs + row, n, false, 0), first, last,
-                   packed);
+                   reinterpret_cast<bf16*>(c.scratch(worker)));
   });
 }
 

@@ -105,7 +105,7 @@ struct Kernels {
 
   void (*linear)(const LinearArgs&, int64_t first, int64_t last);
   void (*gated)(const GatedArgs&, int64_t first, int64_t last);
-  // The same for many rows: bf16, no bias; packed: gemm_scratch() bytes. Sums in another order than the two above.
+  // The same for many rows of bf16; packed: gemm_scratch() bytes. Sums in another order than the two above.
   void (*gemm)(const LinearArgs&, int64_t first, int64_t last, bf16* packed);
   void (*gemm_gated)(const GatedArgs&, int64_t first, int64_t last, bf16* packed);
   // out[h] = Σ_x weights[x] · parts[x][h] in fp32, rounded once.

@@ -257,6 +257,9 @@ FH_INLINE void narrow4(bf16* p, __m128 x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(r, r));
 }
 
+// The first n lanes, n ≥ 1; the others are 0.
+FH_INLINE F lanes_of(const float* p, int64_t n) { return load(p, min64(W, n)); }
+FH_INLINE F lanes_of(const bf16* p, int64_t n) { return widen(p, min64(W, n)); }
 // The first n lanes, n ≥ 1.
 FH_INLINE void put_lanes(float* p, F v, int64_t n) { n >= W ? store(p, v) : store(p, v, n); }
 FH_INLINE void put_lanes(bf16* p, F v, int64_t n) { n >= W ? narrow(p, v) : narrow(p, v, n); }

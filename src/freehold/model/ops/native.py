@@ -57,7 +57,7 @@ class NativeOps(ReferenceOps):
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         dtype = x_TI.dtype
         rows = x_TI.shape[0]
-        if rows > SMALL_ROWS or x_TI.dim() != 2 or (dtype is not _BF16 and dtype is not _FP32) or rows == 0:
+        if x_TI.dim() != 2 or rows == 0 or (dtype is not _BF16 and (dtype is not _FP32 or rows > SMALL_ROWS)):
             return F.linear(x_TI, weight_OI, bias_O)
         return self._linear(0 if dtype is _BF16 else 2, x_TI, weight_OI, bias_O, dtype)
 
