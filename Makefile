@@ -25,8 +25,9 @@ install: $(INSTALLED) ## make .venv with torch, the locked packages and this pac
 test: lint ## run all checks and tests, but the nightly ones
 	$(BIN)/pytest
 
-nightly: lint ## run everything, with many more random examples
+nightly: lint ## run everything, with many more random examples, and every benchmark
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -m ''
+	$(MAKE) bench
 
 lint: $(INSTALLED) ## ruff, mypy --strict, import rules
 	$(BIN)/ruff check
@@ -45,7 +46,7 @@ lock: $(INSTALLED) ## write requirements/*.txt from pyproject.toml (OPTIONS=--up
 	$(BIN)/python requirements/lock.py $(OPTIONS)
 
 bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 wheel: $(INSTALLED) ## build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -87,7 +87,7 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: what the kernel calls available, within the cgroup's limit."""
+    """Bytes this process may still take: what Linux calls available, within the cgroup's limit."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -110,6 +110,11 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, d
     budget = options.cache_bytes if options.cache_bytes is not None else available_memory() // 2
     useful = options.max_num_seqs * -(-max_model_len // options.block_size)
     num_blocks = min(budget // per_block, useful)
+    if num_blocks * per_block > (available := available_memory()):
+        raise InsufficientMemory(
+            f"the cache would take {num_blocks * per_block:,} bytes, and {available:,} are available; "
+            "give it less with --cache-bytes"
+        )
     if num_blocks < 1:
         raise InsufficientMemory(
             f"the cache has {budget:,} bytes, and one block of {options.block_size} tokens needs {per_block:,}; "

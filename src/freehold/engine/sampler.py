@@ -13,6 +13,7 @@ Shapes: R rows (requests), P positions, V vocabulary, B blocks of a row, K token
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from freehold.engine.sampling_state import Lane, RequestState, broken_logits, ch
 from freehold.engine.step import NewRequest
 from freehold.errors import EngineError, FreeholdError, MissingExtra
 from freehold.types import TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 _SLICE_ELEMENTS = 1 << 18  # float32 logits worked on at a time: 1 MiB
 _LARGEST_BLOCK = 512
@@ -191,6 +194,9 @@ class Sampler:
                 picks.append(choose(row_V, state))
             except FreeholdError as failure:
                 picks.append(failure)
+            except Exception as failure:  # a defect here must not end every other request
+                logger.exception("sampling for request %s failed", state.request_id)
+                picks.append(EngineError(f"request {state.request_id}: sampling failed ({type(failure).__name__})"))
         return picks
 
     def _logprobs(

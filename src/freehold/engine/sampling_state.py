@@ -105,7 +105,7 @@ class RequestState:
         """Mask, bias and penalise a row of raw logits in place.
 
         Raises EngineError if the logits are NaN or infinite or the guide is at a dead end, and InvalidRequest if
-        min_tokens and the guide contradict each other.
+        min_tokens and the guide contradict each other or the penalties overflow.
         """
         if not np.isfinite(row_V.max()):  # max propagates NaN; -inf for single tokens is a model's own mask
             raise broken_logits(self.request_id)
@@ -127,6 +127,12 @@ class RequestState:
             row_V[self._bias_ids] += self._bias
         if self._penalties is not None:
             self._penalties.apply(row_V)
+            if not np.isfinite(row_V.max()):
+                raise InvalidRequest(
+                    f"repetition_penalty {self.params.repetition_penalty:g} takes the logits out of float32's range; "
+                    "use one nearer to 1",
+                    param="repetition_penalty",
+                )
 
     def observe(self, token_id: int) -> None:
         """Take note of a token that became part of the output. Raises EngineError if the guide does not allow it."""
@@ -164,7 +170,8 @@ class _Penalties:
         ids_N, counts_N = self._ids_N[:used], self._counts_N[:used]
         logits_N = row_V[ids_N]
         if (penalty := self._params.repetition_penalty) != 1.0:
-            logits_N = np.where(logits_N > 0, logits_N / np.float32(penalty), logits_N * np.float32(penalty))
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `edit` checks what comes out
+                logits_N = np.where(logits_N > 0, logits_N / np.float32(penalty), logits_N * np.float32(penalty))
         logits_N -= np.float32(self._params.frequency_penalty) * counts_N
         logits_N -= np.float32(self._params.presence_penalty) * (counts_N > 0)
         row_V[ids_N] = logits_N

@@ -70,6 +70,8 @@ def test_cache_bytes_are_the_formula(nano: Path) -> None:
 def test_what_cannot_be_is_refused_in_one_line(nano: Path, tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemory, match=r"1,000 bytes.*--cache-bytes"):
         build_engine(nano, EngineOptions(cache_bytes=1000))
+    with pytest.raises(InsufficientMemory, match=r"would take [\d,]+ bytes, and [\d,]+ are available"):
+        build_engine(nano, EngineOptions(cache_bytes=1 << 46))
     with pytest.raises(InvalidRequest, match="1048576 positions"):
         build_engine(nano, EngineOptions(max_model_len=1 << 21))
     with pytest.raises(ConfigError, match=r"no such file"):

@@ -277,6 +277,31 @@ def test_broken_logits_fail_their_request_only(bad: float, params: SamplingParam
     assert [s.error for i, s in enumerate(sampled) if i != 2] == [None] * 4
 
 
+@pytest.mark.parametrize("penalty", [1e-39, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_that_overflows_fails_its_request_only(penalty: float, temperature: float) -> None:
+    extreme = SamplingParams(repetition_penalty=penalty, temperature=temperature)
+    sampler = make(extreme, SamplingParams(temperature=0.0), prompt=(1, 2, 3))
+    logits = logits_like_a_model(2)
+    logits[0, 1] = 3.0  # divided by the penalty, more than float32 holds
+    failed, fine = sampler.sample(logits, ["0", "1"])
+    assert isinstance(failed.error, InvalidRequest)
+    assert failed.error.param == "repetition_penalty"
+    assert fine.token_id == int(logits[1].float().argmax())
+
+
+def test_a_defect_in_one_row_is_that_requests_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = make(SamplingParams(top_k=5), SamplingParams(temperature=0.0))
+
+    def defective(row_V: Any) -> None:
+        raise IndexError("not foreseen")
+
+    monkeypatch.setattr(type(sampler.state("0")), "edit", lambda self, row_V: defective(row_V))
+    failed, fine = sampler.sample(logits_like_a_model(2), ["0", "1"])
+    assert isinstance(failed.error, EngineError)
+    assert fine.error is None
+
+
 def test_score_of_broken_logits_is_an_error() -> None:
     logits = torch.zeros(4, VOCAB)
     logits[3, 5] = float("nan")
