@@ -1,8 +1,8 @@
 """Is the embedded engine fast enough to be worth having? Decode and prefill beside `transformers`, in one run.
 
 Model `small`, bf16, random weights. Ours is the whole engine (scheduler, batch, model, sampler), greedy, one request.
-`transformers` runs eagerly with its dynamic cache, each prefill in its best chunk size; with `--compile` it is also timed
-compiled with a static cache (shown, no bar; compiling takes many minutes on two cores). Before anything is timed, both
+`transformers` runs eagerly with its dynamic cache, each prefill in its best chunk size; with `--compile` it is also
+timed compiled with a static cache (shown, no bar; compiling takes many minutes on two cores). Before that, both
 must agree: the same values at every layer, in fp32, on a prompt past index_topk.
 Samples alternate; medians are compared; raw samples are kept.
 """
