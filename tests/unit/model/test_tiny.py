@@ -222,7 +222,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_known_before_writing(tmp_path: Path) -> None:
     huge = size_config("medium") | {"n_routed_experts": 10_000_000, "num_hidden_layers": 4}
-    huge |= {"indexer_types": ["full"] * 4, "mlp_layer_types": ["dense"] * 4, "num_nextn_predict_layers": 0}
+    huge |= {"indexer_types": ["full"] * 4, "index_topk_freq": 1, "num_nextn_predict_layers": 0}
+    huge |= {"mlp_layer_types": ["dense"] * 4, "first_k_dense_replace": 4}
     huge |= {"intermediate_size": 10**15}
     with pytest.raises(DiskFull, match="are free on its disk"):
         write_random_checkpoint(huge, tmp_path / "d")
