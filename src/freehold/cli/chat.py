@@ -281,7 +281,7 @@ class _Terminal:
                 return None
             except UnicodeDecodeError as error:
                 raise InvalidRequest(
-                    f"the input is not {error.encoding} text: byte 0x{error.object[error.start]:02x} cannot be decoded; "
+                    f"the input is not all {error.encoding} text: byte 0x{error.object[error.start]:02x} is not; "
                     "convert it (for example with iconv), or set the locale to its encoding"
                 ) from None
             except KeyboardInterrupt:
