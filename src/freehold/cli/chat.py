@@ -279,6 +279,11 @@ class _Terminal:
                 if self._is_interactive:
                     self._out.print()
                 return None
+            except UnicodeDecodeError as error:
+                raise InvalidRequest(
+                    f"the input is not all {error.encoding} text: byte 0x{error.object[error.start]:02x} is not; "
+                    "convert it (for example with iconv), or set the locale to its encoding"
+                ) from None
             except KeyboardInterrupt:
                 self._say("\n(Ctrl-D leaves)")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
     from rich.table import Table
 
     from freehold.model.inspect import Inspection
@@ -114,10 +114,16 @@ def _cache_table(report: Inspection) -> Table:
     from rich.table import Table
 
     length = report.config.max_position_embeddings
-    table = Table(title="Cache: bytes by format", title_justify="left", box=None, padding=(0, 2))
-    table.add_column("latent")
-    for heading in ("a layer", "index key", "a layer", "a token", "with MTP", f"{length:,} tokens"):
-        table.add_column(heading, justify="right" if heading != "index key" else "left")
+    table = Table(
+        title=f"Cache: bytes a layer, a token, and for {length:,} tokens",
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+    )
+    # Narrow enough for 80 columns: a cell that wraps would tear a number in two.
+    for heading in ("latent", "layer", "index", "layer", "token", "+MTP", "all tokens"):
+        justify: JustifyMethod = "left" if heading in ("latent", "index") else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
     for row in report.caches:
         table.add_row(
             row.latent,

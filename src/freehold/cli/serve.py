@@ -90,6 +90,8 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keys = server.read_api_keys(api_key_file)
     names = tuple(served_model_name or ())
+    if not all(name.strip() for name in names):
+        raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
     limits: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,

@@ -26,12 +26,19 @@ _INTS = (
     "n_routed_experts num_experts_per_tok n_shared_experts n_group topk_group max_position_embeddings "
 ).split()
 
+_FULL: IndexerType = "full"
+_MAX_LAYERS = 10_000  # far beyond any real model; a typo must not allocate per-layer tables until memory ends
+
+# Keys that decide what the forward pass computes, with the one value we honour. Every published config has them.
+_FIXED_REQUIRED: dict[str, str] = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
 # Keys whose only honoured value is this one: another value is refused, absence is fine.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("glm_moe_dsa",),
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
     "tie_word_embeddings": (False,),
     "mlp_bias": (False,),
     "moe_router_dtype": ("float32", "fp32", None),
@@ -128,7 +135,9 @@ class GlmConfig:
             raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint directory has a config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except RecursionError:
+            raise ConfigError(f"{path}: nested too deeply to read; a config.json has two or three levels") from None
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or a number of too many digits
             raise ConfigError(f"{path}: not readable as JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: expected a JSON object")
@@ -142,6 +151,10 @@ class GlmConfig:
         _check_keys(raw)
         values: dict[str, Any] = {key: _integer(raw, key) for key in _INTS}
         layers = values["num_hidden_layers"]
+        if layers > _MAX_LAYERS:
+            raise ConfigError(
+                f"config.json: num_hidden_layers = {layers} is more than {_MAX_LAYERS}; correct the number"
+            )
         eps, share = _number(raw, "rms_norm_eps"), "index_share_for_mtp_iteration"
         config = cls(
             **values,
@@ -157,7 +170,7 @@ class GlmConfig:
             mlp_layer_types=_mlp_types(raw, layers),
             eos_token_ids=_token_ids(raw, "eos_token_id"),
             num_nextn_predict_layers=_mtp_layers(raw),
-            # GLM-5 and 5.1 do not have the key, and do not share.
+            # Absent means False: the published GLM-5 and 5.1 have an MTP layer but not the key, and do not share.
             index_share_for_mtp_iteration=_boolean({share: False, **raw}, share),
             dtype=_dtype(raw),
             quantization=_quantization(raw),
@@ -173,13 +186,16 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
         "first_k_dense_replace", "eos_token_id", "index_share_for_mtp_iteration", "num_key_value_heads",
         "qk_head_dim", "num_experts", "layer_types",
     }  # fmt: skip
-    unknown = sorted(set(raw) - used - set(_FIXED) - _INERT)
+    unknown = sorted(set(raw) - used - set(_FIXED) - set(_FIXED_REQUIRED) - _INERT)
     if unknown:
         raise ConfigError(
             f"config.json: unknown key {unknown[0]!r} = {raw[unknown[0]]!r}"
             + (f" (and {len(unknown) - 1} more: {', '.join(unknown[1:])})" if len(unknown) > 1 else "")
             + "; this version does not know what it changes, so it refuses to guess"
         )
+    for key, value in _FIXED_REQUIRED.items():
+        if _require(raw, key) != value:
+            raise ConfigError(f"config.json: {key} = {raw[key]!r} is not supported (only {value!r})")
     for key, allowed in _FIXED.items():
         if key in raw and raw[key] not in allowed:
             raise ConfigError(f"config.json: {key} = {raw[key]!r} is not supported (only {allowed[0]!r})")
@@ -229,6 +245,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     plain = {"rope_type": "default", "partial_rotary_factor": 1.0}
     if any(parameters[key] != plain.get(key) for key in parameters if key != "rope_theta"):
         raise ConfigError(f"config.json: rope_parameters = {parameters!r}: only rope_type 'default' is supported")
+    _require(parameters, "rope_type")
     theta = _number(parameters, "rope_theta")
     if raw.get("rope_theta", theta) != theta:
         raise ConfigError(f"config.json: rope_theta = {raw['rope_theta']!r} contradicts rope_parameters ({theta!r})")
@@ -236,36 +253,62 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
 
 
 def _indexer_types(raw: Mapping[str, Any], layers: int) -> tuple[IndexerType, ...]:
-    """indexer_types, else index_topk_pattern ("F"/"S"), else freq and offset, else (GLM-5, 5.1) all full."""
-    if raw.get("indexer_types") is not None:
-        key, types = "indexer_types", raw["indexer_types"]
-    elif raw.get("index_topk_pattern") is not None:
-        key, types = "index_topk_pattern", raw["index_topk_pattern"]
-        if isinstance(types, str):
+    """indexer_types, else index_topk_pattern ("F"/"S"), else freq and offset, else (GLM-5, 5.1) all full.
+
+    Where more than one is given they must agree: engines differ in which they read.
+    """
+    found: dict[str, tuple[IndexerType, ...]] = {}
+    for key in ("indexer_types", "index_topk_pattern"):
+        types = raw.get(key)
+        if key == "index_topk_pattern" and isinstance(types, str):
             types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
-    elif raw.get("index_topk_freq") is not None:
-        key, freq = "index_topk_freq", _integer(raw, "index_topk_freq")
-        offset = _require(raw, "index_skip_topk_offset") if freq > 1 else 0
-        if isinstance(offset, bool) or not isinstance(offset, int):
-            raise ConfigError(f"config.json: index_skip_topk_offset must be an integer, found {offset!r}")
-        types = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers)]
-    else:
-        key, types = "indexer_types", ["full"] * layers
-    pattern: tuple[IndexerType, ...] = _layer_kinds(key, types, layers, ("full", "shared"))
-    if pattern[0] != "full":
+        if types is not None:
+            found[key] = _layer_kinds(key, types, layers, ("full", "shared"))
+    if raw.get("index_topk_freq") is not None:
+        found["index_topk_freq"] = _every_nth_full(raw, layers)
+    if not found:
+        found["indexer_types"] = tuple(_FULL for _ in range(layers))
+    key, chosen = next(iter(found.items()))
+    if chosen[0] != "full":
         raise ConfigError(f"config.json: {key}: layer 0 shares an indexer, but no layer below it has one")
-    return pattern
+    for other, types in found.items():
+        if types != chosen:
+            at = next(i for i in range(layers) if types[i] != chosen[i])
+            raise ConfigError(
+                f"config.json: {other} contradicts {key}: layer {at} is {types[at]} by the first and {chosen[at]} by "
+                "the second; correct one, or remove it"
+            )
+    return chosen
+
+
+def _every_nth_full(raw: Mapping[str, Any], layers: int) -> tuple[IndexerType, ...]:
+    """The pattern of index_topk_freq and index_skip_topk_offset."""
+    freq = _integer(raw, "index_topk_freq")
+    offset = _require(raw, "index_skip_topk_offset") if freq > 1 else 0
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise ConfigError(f"config.json: index_skip_topk_offset must be an integer, found {offset!r}")
+    types: list[IndexerType] = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers)]
+    return tuple(types)
 
 
 def _mlp_types(raw: Mapping[str, Any], layers: int) -> tuple[MlpType, ...]:
-    """mlp_layer_types, else the first first_k_dense_replace layers dense and the others sparse."""
+    """mlp_layer_types, else the first first_k_dense_replace layers dense and the others sparse; both must agree."""
+    kinds: tuple[MlpType, ...] | None = None
     if raw.get("mlp_layer_types") is not None:
-        return _layer_kinds("mlp_layer_types", raw["mlp_layer_types"], layers, ("dense", "sparse"))
+        kinds = _layer_kinds("mlp_layer_types", raw["mlp_layer_types"], layers, ("dense", "sparse"))
+        if raw.get("first_k_dense_replace") is None:
+            return kinds
     dense = _require(raw, "first_k_dense_replace")
     if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
         raise ConfigError(f"config.json: first_k_dense_replace must be a count of layers, found {dense!r}")
-    kinds: list[MlpType] = ["dense" if i < dense else "sparse" for i in range(layers)]
-    return tuple(kinds)
+    counted: tuple[MlpType, ...] = tuple("dense" if i < dense else "sparse" for i in range(layers))
+    if kinds is not None and kinds != counted:
+        at = next(i for i in range(layers) if kinds[i] != counted[i])
+        raise ConfigError(
+            f"config.json: first_k_dense_replace = {dense} contradicts mlp_layer_types, where layer {at} is "
+            f"{kinds[at]}; correct one, or remove it"
+        )
+    return counted
 
 
 def _layer_kinds(key: str, kinds: Any, layers: int, allowed: tuple[Kind, Kind]) -> tuple[Kind, ...]:

@@ -187,3 +187,10 @@ def test_the_summary_leaves_out_what_is_not_known() -> None:
     assert answer.summary() == (
         "21 tokens · 10.0 tokens/s · first after 0.50 s · prompt 1,000 (900 cached) · cut off at the token limit"
     )
+
+
+def test_input_in_another_encoding_is_said_to_be() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*COMMAND, "--sim"], input=b"caf\xe9\n", capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert b"the input is not all utf-8 text: byte 0xe9" in done.stderr

@@ -62,3 +62,11 @@ def test_errors(
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", source]) == code
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_cache_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", "glm-5.2"]) == 0
+    table = capsys.readouterr().out.partition("Cache:")[2].splitlines()
+    assert len(table) == 8  # the title, the headings and six rows
+    assert table[-1].split() == ["nvfp4_ds_mla", "352", "fp8", "132", "30,228", "30,712", "29.52", "GiB"]

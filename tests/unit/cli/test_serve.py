@@ -90,3 +90,9 @@ def test_the_command_and_the_server_import_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'safetensors', 'llguidance')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_model_name_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--sim", "--port", "0", "--served-model-name", name]) == 2
+    assert "--served-model-name is empty" in capsys.readouterr().err

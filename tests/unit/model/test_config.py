@@ -59,12 +59,45 @@ def test_the_pattern_can_be_given_in_three_ways() -> None:
     assert by_types.full_layers == (0, 1, 2, 6)
 
 
-def test_explicit_types_win_over_pattern_over_frequency() -> None:
+UNSCHEDULED = {"index_topk_freq": None, "index_skip_topk_offset": None}
+
+
+def test_a_pattern_need_not_be_a_schedule() -> None:
     pattern = "FSFSFSFS"
-    types = ["full", "shared", "shared", "full", "shared", "shared", "full", "shared"]
-    both = GlmConfig.from_dict(nano(indexer_types=types, index_topk_pattern=pattern))
-    assert both.full_layers == (0, 3, 6)
-    assert GlmConfig.from_dict(nano(indexer_types=None, index_topk_pattern=pattern)).full_layers == (0, 2, 4, 6)
+    types = ["full", "shared"] * 4
+    by_pattern = GlmConfig.from_dict(nano(indexer_types=None, index_topk_pattern=pattern, **UNSCHEDULED))
+    assert by_pattern == GlmConfig.from_dict(nano(indexer_types=types, index_topk_pattern=pattern, **UNSCHEDULED))
+    assert by_pattern.full_layers == (0, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indexer_types": ["full"] * 8}, "index_topk_freq contradicts indexer_types: layer 3 is shared by the first"),
+        ({"index_skip_topk_offset": 2}, "index_topk_freq contradicts indexer_types"),
+        ({"index_topk_pattern": "FSFSFSFS"}, "index_topk_pattern contradicts indexer_types: layer 1"),
+        ({"indexer_types": None, "index_topk_pattern": "FFFFFFFS"}, "index_topk_freq contradicts index_topk_pattern"),
+        ({"mlp_layer_types": ["dense"] * 8}, "first_k_dense_replace = 3 contradicts mlp_layer_types, where layer 3"),
+        ({"first_k_dense_replace": 2}, "first_k_dense_replace = 2 contradicts mlp_layer_types, where layer 2 is dense"),
+    ],
+)
+def test_two_ways_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        GlmConfig.from_dict(nano(**changes))
+    assert "\n" not in caught.value.message
+
+
+def test_one_of_two_ways_is_enough() -> None:
+    explicit = GlmConfig.from_dict(nano(first_k_dense_replace=MISSING, **UNSCHEDULED))
+    assert explicit == GlmConfig.from_dict(nano(mlp_layer_types=None, indexer_types=None))
+    more_than_there_are = GlmConfig.from_dict(nano(mlp_layer_types=["dense"] * 8, first_k_dense_replace=9))
+    assert more_than_there_are.mlp_layer_types == ("dense",) * 8
+
+
+def test_without_the_key_the_mtp_layer_does_not_share() -> None:
+    config = GlmConfig.from_dict(nano(index_share_for_mtp_iteration=MISSING))
+    assert config.has_mtp
+    assert not config.index_share_for_mtp_iteration
 
 
 def test_without_any_pattern_every_layer_is_full() -> None:
@@ -90,7 +123,8 @@ def test_the_latent_norm_switch() -> None:
 SEMANTIC = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
     q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim index_n_heads index_head_dim index_topk
     n_routed_experts num_experts_per_tok n_shared_experts n_group topk_group max_position_embeddings rms_norm_eps
-    rope_interleave indexer_rope_interleave attention_bias norm_topk_prob routed_scaling_factor eos_token_id""".split()
+    rope_interleave indexer_rope_interleave attention_bias norm_topk_prob routed_scaling_factor eos_token_id
+    hidden_act scoring_func topk_method""".split()
 
 
 @pytest.mark.parametrize("key", SEMANTIC)
@@ -107,11 +141,14 @@ def test_a_missing_semantic_key_is_an_error_that_names_it(key: str) -> None:
         ({"sliding_window": 4096}, "unknown key 'sliding_window' = 4096"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"topk_method": None}, "topk_method = None"),
+        ({"num_hidden_layers": 10_001}, "num_hidden_layers = 10001 is more than 10000"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"moe_router_dtype": "bfloat16"}, "moe_router_dtype"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 4}}, "rope_type 'default'"),
         ({"rope_parameters": {"rope_type": "default"}}, "'rope_theta' is missing"),
+        ({"rope_parameters": {"rope_theta": 8e6}}, "'rope_type' is missing"),
         ({"rope_parameters": {"rope_theta": 8e6, "partial_rotary_factor": 0.5}}, "rope_parameters"),
         ({"rope_parameters": 8e6}, "rope_parameters"),
         ({"rope_parameters": MISSING}, "'rope_theta' is missing"),
@@ -163,7 +200,12 @@ def test_reading_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         GlmConfig.from_file(tmp_path)
     file = tmp_path / "config.json"
-    for text, message in (("{", "not readable as JSON"), ("[]", "expected a JSON object")):
+    for text, message in (
+        ("{", "not readable as JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"vocab_size": ' + "[" * 100_000, "nested too deeply"),
+        ('{"vocab_size": ' + "1" * 5_000 + "}", "not readable as JSON"),
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             GlmConfig.from_file(tmp_path)

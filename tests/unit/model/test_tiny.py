@@ -220,9 +220,21 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors*"))
 
 
+def test_a_call_that_failed_can_be_repeated_without_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("freehold.model.tiny.RandomTensors.pieces", full)
+        with pytest.raises(DiskFull):
+            make_tiny(tmp_path / "d", "nano", 1)
+    make_tiny(tmp_path / "d", "nano", 1)
+
+
 def test_a_disk_that_is_too_small_is_known_before_writing(tmp_path: Path) -> None:
     huge = size_config("medium") | {"n_routed_experts": 10_000_000, "num_hidden_layers": 4}
-    huge |= {"indexer_types": ["full"] * 4, "mlp_layer_types": ["dense"] * 4, "num_nextn_predict_layers": 0}
+    huge |= {"indexer_types": ["full"] * 4, "index_topk_freq": 1, "num_nextn_predict_layers": 0}
+    huge |= {"mlp_layer_types": ["dense"] * 4, "first_k_dense_replace": 4}
     huge |= {"intermediate_size": 10**15}
     with pytest.raises(DiskFull, match="are free on its disk"):
         write_random_checkpoint(huge, tmp_path / "d")
