@@ -19,9 +19,8 @@ FH_INLINE F accumulate(F acc, F a, F b) { return fma(a, b, acc); }
 // How many input rows share a tile: as many accumulators as there are registers for.
 constexpr int kTileRows = FH_512 ? 4 : 2;
 
-// ahead: where the weights lie that will be needed a little later, relative to these; 0 asks for nothing.
-template <class T, int M, bool Ahead>
-FH_INLINE void dot_tile(const T* const* w, const T* const* x, int64_t inner, int64_t ahead, __m128* out) {
+template <class T, int M>
+FH_INLINE void dot_tile(const T* const* w, const T* const* x, int64_t inner, __m128* out) {
   constexpr int64_t step = 4 * W / int64_t(sizeof(T));
   F acc[M][4];
   for (int m = 0; m < M; ++m)
@@ -29,10 +28,6 @@ FH_INLINE void dot_tile(const T* const* w, const T* const* x, int64_t inner, int
   const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
   int64_t i = 0;
   for (; i + step <= inner; i += step) {
-    if (Ahead) {
-      prefetch(w0 + i + ahead), prefetch(w1 + i + ahead);
-      prefetch(w2 + i + ahead), prefetch(w3 + i + ahead);
-    }
     auto a = load_step(w0 + i), b = load_step(w1 + i), c = load_step(w2 + i), d = load_step(w3 + i);
     for (int m = 0; m < M; ++m) {
       auto v = load_step(x[m] + i);
@@ -55,30 +50,56 @@ FH_INLINE void dot_tile(const T* const* w, const T* const* x, int64_t inner, int
   for (int m = 0; m < M; ++m) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
-// emit(m, sums of the 4 weight rows) for every input row. The first tile prefetches `ahead`, unless that is 0.
+// The same sums with the weight rows read one after the other, which memory delivers faster than four at a time.
+// ahead: where weights lie that will be needed soon, relative to these.
+template <class T, int M>
+FH_INLINE void stream_tile(const T* const* w, const T* const* x, int64_t inner, int64_t ahead, __m128* out) {
+  constexpr int64_t step = 4 * W / int64_t(sizeof(T));
+  F acc[M][4];
+  for (int k = 0; k < 4; ++k) {
+    F sums[M];
+    for (int m = 0; m < M; ++m) sums[m] = zero();
+    const T* row = w[k];
+    int64_t i = 0;
+    for (; i + step <= inner; i += step) {
+      prefetch(row + i + ahead);
+      auto a = load_step(row + i);
+      for (int m = 0; m < M; ++m) sums[m] = accumulate(sums[m], a, load_step(x[m] + i));
+    }
+    if (int64_t n = inner - i; n > 0) {
+      auto a = load_step(row + i, n);
+      for (int m = 0; m < M; ++m) sums[m] = accumulate(sums[m], a, load_step(x[m] + i, n));
+    }
+    for (int m = 0; m < M; ++m) acc[m][k] = sums[m];
+  }
+  for (int m = 0; m < M; ++m) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+}
+
+// emit(m, sums of the 4 weight rows) for every input row. ahead: not 0 where weights come from memory; the first tile
+// streams them, and the others find them in the cache.
 template <class T, class Emit>
 FH_INLINE void dot_rows(const T* const* w, const T* const* x, int64_t rows, int64_t inner, int64_t ahead, Emit emit) {
   __m128 out[4];
   int64_t m = 0;
   for (; m + kTileRows <= rows; m += kTileRows) {
     if (m == 0 && ahead != 0) {
-      dot_tile<T, kTileRows, true>(w, x + m, inner, ahead, out);
+      stream_tile<T, kTileRows>(w, x + m, inner, ahead, out);
     } else {
-      dot_tile<T, kTileRows, false>(w, x + m, inner, 0, out);
+      dot_tile<T, kTileRows>(w, x + m, inner, out);
     }
     for (int k = 0; k < kTileRows; ++k) emit(m + k, out[k]);
   }
   for (; m < rows; ++m) {
     if (m == 0 && ahead != 0) {
-      dot_tile<T, 1, true>(w, x + m, inner, ahead, out);
+      stream_tile<T, 1>(w, x + m, inner, ahead, out);
     } else {
-      dot_tile<T, 1, false>(w, x + m, inner, 0, out);
+      dot_tile<T, 1>(w, x + m, inner, out);
     }
     emit(m, out[0]);
   }
 }
 
-// Weights stream from memory: the rows of the tile after the next are asked for while this one is multiplied.
+// How far ahead weights are asked for.
 constexpr int64_t kRowsAhead = 8;
 
 // The four rows from `first` of a matrix; past the last row, the last again (its results are not used).
@@ -145,9 +166,13 @@ void gated(const freehold::GatedArgs& a, int64_t first, int64_t last) {
     const int64_t n = min64(kBlock, last - i);
     for (int64_t k = 0; k < n; k += 4) {
       four_rows(a.gate, a.gate_stride, i + k, last, w);
-      dot_rows<bf16>(w, x, a.rows, a.inner, kRowsAhead * a.gate_stride, [&](int64_t m, __m128 v) { _mm_store_ps(gate[m] + k, v); });
+      dot_rows<bf16>(w, x, a.rows, a.inner, kRowsAhead * a.gate_stride,
+                     [&](int64_t m, __m128 v) { _mm_store_ps(gate[m] + k, v); });
+    }
+    for (int64_t k = 0; k < n; k += 4) {
       four_rows(a.up, a.up_stride, i + k, last, w);
-      dot_rows<bf16>(w, x, a.rows, a.inner, kRowsAhead * a.up_stride, [&](int64_t m, __m128 v) { _mm_store_ps(up[m] + k, v); });
+      dot_rows<bf16>(w, x, a.rows, a.inner, kRowsAhead * a.up_stride,
+                     [&](int64_t m, __m128 v) { _mm_store_ps(up[m] + k, v); });
     }
     for (int64_t m = 0; m < a.rows; ++m)
       for (int64_t k = 0; k < n; k += W)
