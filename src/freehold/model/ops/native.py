@@ -23,6 +23,7 @@ SMALL_ROWS = 16
 """Up to this many rows use the kernels that read each weight once; more use a blocked matrix multiplication."""
 
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
+_NO_SCRATCH = "a native kernel could not allocate its scratch memory"
 _MOST_CHOSEN = 64  # experts a token may have, and
 _MOST_NOPE = 512  # rows of W_UK: sizes of arrays in the kernels
 
@@ -47,17 +48,16 @@ class NativeOps(ReferenceOps):
         self._context = self._native.context
         self.isa = self._native.isa
 
-    @staticmethod
-    def _check(status: int) -> None:
-        if status:
-            raise MemoryError("a native kernel could not allocate its scratch memory")
-
     # -- projections ---------------------------------------------------------------------------------------------------
 
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         dtype = x_TI.dtype
-        rows = x_TI.shape[0]
-        if x_TI.dim() != 2 or rows == 0 or (dtype is not _BF16 and (dtype is not _FP32 or rows > SMALL_ROWS)):
+        if (
+            (dtype is not _BF16 and (dtype is not _FP32 or x_TI.shape[0] > SMALL_ROWS))
+            or weight_OI.dtype is not dtype
+            or (bias_O is not None and (bias_O.dtype is not dtype or bias_O.stride(0) != 1))
+            or x_TI.dim() != 2
+        ):
             return F.linear(x_TI, weight_OI, bias_O)
         return self._linear(0 if dtype is _BF16 else 2, x_TI, weight_OI, bias_O, dtype)
 
@@ -67,15 +67,24 @@ class NativeOps(ReferenceOps):
         return self._linear(1, x_TI, weight_OI, None, _FP32)
 
     def _linear(self, kind: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        x, weight = _dense(x), _dense(weight)
-        rows = x.shape[0]
-        outputs, inner = weight.shape
+        # The call that is made most often: what it costs in Python shows.
+        rows, inner = x.shape
+        outputs, expected = weight.shape
+        (x_row, x_step), (weight_row, weight_step) = x.stride(), weight.stride()
+        if x_step != 1:
+            x = x.contiguous()
+            x_row = x.stride(0)
+        if weight_step != 1:
+            weight = weight.contiguous()
+            weight_row = weight.stride(0)
+        if inner != expected:
+            raise ValueError(f"inputs have {inner} values and weights {expected}")
         out = torch.empty((rows, outputs), dtype=dtype)
-        status = self._native.linear(
-            self._context, kind, out.data_ptr(), outputs, x.data_ptr(), x.stride(0), rows,
-            weight.data_ptr(), weight.stride(0), outputs, inner, None if bias is None else bias.data_ptr(),
-        )  # fmt: skip
-        self._check(status)
+        if self._native.linear(
+            self._context, kind, out.data_ptr(), outputs, x.data_ptr(), x_row, rows,
+            weight.data_ptr(), weight_row, outputs, inner, None if bias is None else bias.data_ptr(),
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
@@ -85,11 +94,11 @@ class NativeOps(ReferenceOps):
         x, gate, up, down = _dense(x_TH), _dense(gate_IH), _dense(up_IH), _dense(down_HI)
         width, hidden = gate.shape
         out = torch.empty((rows, hidden), dtype=_BF16)
-        status = self._native.swiglu(
+        if self._native.swiglu(
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, gate.data_ptr(), gate.stride(0),
             up.data_ptr(), up.stride(0), width, down.data_ptr(), down.stride(0), hidden,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     # -- norms and rotary embedding ------------------------------------------------------------------------------------
@@ -108,11 +117,11 @@ class NativeOps(ReferenceOps):
         x = _dense(x)
         rows, size = x.shape
         out = torch.empty((rows, size), dtype=_BF16)
-        status = self._native.norm(
+        if self._native.norm(
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, size,
             weight.data_ptr(), None if bias is None else bias.data_ptr(), eps,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     def rope(self, x_TNC: Tensor, cos_TQ2: Tensor, sin_TQ2: Tensor, interleaved: bool, first: int = 0) -> Tensor:
@@ -122,11 +131,11 @@ class NativeOps(ReferenceOps):
         rows, heads, size = x.shape
         row, head, _ = x.stride()
         out = torch.empty((rows, heads, size), dtype=_BF16)
-        status = self._native.rope(
+        if self._native.rope(
             self._context, out.data_ptr(), x.data_ptr(), row, head, rows, heads, size,
             first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     def write_cache(
@@ -154,12 +163,12 @@ class NativeOps(ReferenceOps):
             )
         x = _dense(x_TC)
         rows, size = x.shape
-        status = self._native.write(
+        if self._native.write(
             self._context, cache_SC.data_ptr(), cache_SC.stride(0), slots_T.data_ptr(), x.data_ptr(), x.stride(0),
             rows, size, weight_A.shape[0], weight_A.data_ptr(), None if bias_A is None else bias_A.data_ptr(), eps,
             first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return None
 
     # -- experts -------------------------------------------------------------------------------------------------------
@@ -185,11 +194,11 @@ class NativeOps(ReferenceOps):
         rows, hidden = x.shape
         ids_TX = torch.empty((rows, top_k), dtype=_INT64)
         weights_TX = torch.empty((rows, top_k), dtype=_FP32)
-        status = self._native.route(
+        if self._native.route(
             self._context, ids_TX.data_ptr(), weights_TX.data_ptr(), x.data_ptr(), x.stride(0), rows,
             weight.data_ptr(), weight.stride(0), hidden, bias_E.data_ptr(), weight.shape[0], top_k, normalise, scale,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return ids_TX, weights_TX
 
     def experts(
@@ -208,12 +217,12 @@ class NativeOps(ReferenceOps):
         x = _dense(x_TH)
         experts, hidden, width = down_EHI.shape
         out = torch.empty((rows, hidden), dtype=_BF16)
-        status = self._native.experts(
+        if self._native.experts(
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, ids_TX.data_ptr(), weights_TX.data_ptr(),
             chosen, experts, gate_up_EIH.data_ptr(), 2 * width * hidden, down_EHI.data_ptr(), hidden * width,
             hidden, width,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     # -- selection and attention ---------------------------------------------------------------------------------------
@@ -232,13 +241,13 @@ class NativeOps(ReferenceOps):
         weight_row, row = weight.stride(0), 0
         for span in spans:
             table = span.table_B.contiguous()
-            status = self._native.select(
+            if self._native.select(
                 self._context, out.data_ptr() + 8 * width * row, width,
                 query.data_ptr() + 2 * query_row * span.row, query_row, query_head,
                 weight.data_ptr() + 4 * weight_row * span.row, weight_row, span.length, heads, dim,
                 keys.data_ptr(), keys.stride(0), table.data_ptr(), block_size, span.start, topk,
-            )  # fmt: skip
-            self._check(status)
+            ):  # fmt: skip
+                raise MemoryError(_NO_SCRATCH)
             row += span.length
         return out
 
@@ -250,11 +259,11 @@ class NativeOps(ReferenceOps):
         rank = kv_b.shape[1]
         query_row, query_head, _ = query.stride()
         out = torch.empty((rows, heads, rank + size - nope), dtype=_BF16)
-        status = self._native.absorb(
+        if self._native.absorb(
             self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads, nope, size - nope,
             kv_b.data_ptr(), kv_b.stride(0), kv_b.shape[0] // heads - nope, rank,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
@@ -264,11 +273,11 @@ class NativeOps(ReferenceOps):
         mixed, kv_b = mixed_RNV.contiguous(), _dense(kv_b_OV)
         value = kv_b.shape[0] // heads - nope
         out = torch.empty((rows, heads, value), dtype=_BF16)
-        status = self._native.unabsorb(
+        if self._native.unabsorb(
             self._context, out.data_ptr(), mixed.data_ptr(), rows, heads, nope, value, rank,
             kv_b.data_ptr(), kv_b.stride(0),
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
 
     def sparse_attention(
@@ -303,10 +312,10 @@ class NativeOps(ReferenceOps):
         rows, heads, latent_dim = query.shape
         query_row, query_head, _ = query.stride()
         out = torch.empty((rows, heads, rank), dtype=_BF16)
-        status = self._native.attend(
+        if self._native.attend(
             self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads,
             latent.data_ptr(), latent.stride(0), latent_dim, rank,
             slots.data_ptr(), slots_row, slots.shape[-1], start, scale,
-        )  # fmt: skip
-        self._check(status)
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
         return out
