@@ -91,5 +91,9 @@ class MissingExtra(FreeholdError):
     status, exit_code, code = 501, 6, "missing_extra"
 
 
+INTERNAL_ERROR = "the engine failed on an internal error; see the server's log"
+"""What callers are told of an exception that nobody foresaw; the log has its traceback."""
+
+
 class EngineError(FreeholdError):
     exit_code, code = 7, "engine_error"

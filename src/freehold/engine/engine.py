@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request
 from freehold.engine.scheduler import Scheduler, SchedulerConfig
 from freehold.engine.step import Runner
-from freehold.errors import ConfigError, EngineError, FreeholdError, InvalidRequest, Unavailable
+from freehold.errors import INTERNAL_ERROR, ConfigError, EngineError, FreeholdError, InvalidRequest, Unavailable
 from freehold.types import SamplingParams, TokenChunk
+
+logger = logging.getLogger("freehold.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +185,7 @@ class Engine:
         if isinstance(error, FreeholdError):
             self.failure = error
         else:
-            self.failure = EngineError(f"the engine failed inside a step: {type(error).__name__}: {error}")
+            logger.error("a step failed", exc_info=error)
+            self.failure = EngineError(INTERNAL_ERROR)  # its own words may hold other callers' data
             self.failure.__cause__ = error
         return self.scheduler.fail_all(self.failure)

@@ -173,8 +173,8 @@ def _mask_of(token_ids: frozenset[int], size: int) -> NDArray[np.uint8]:
 
 
 def _cause(message: Any) -> str:
-    """One line of an llguidance message, without the excerpt of the grammar and the state that it appends."""
-    line = " ".join(re.split(r"<state>|\n *\d+ \| ", str(message))[0].split())
+    """One line of an llguidance message, without the excerpt, the state and the backtrace that it appends."""
+    line = " ".join(re.split(r"<state>|<backtrace>|\bpanic:|\n *\d+ \| ", str(message))[0].split())
     if line.startswith("NoExtension"):  # its word for a grammar at an end that is not an end
         return "no output satisfies it"
     return line if len(line) <= _LONGEST_CAUSE else f"{line[:_LONGEST_CAUSE]}…"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from freehold.errors import EngineError, FreeholdError
+from freehold.errors import INTERNAL_ERROR, EngineError, FreeholdError
 from freehold.model.tokenizer import Tokenizer
 from freehold.serve.detokenize import Detokenizer, Piece, text_token
 from freehold.serve.parse import TAGS, VISIBLE_CONTROL, StreamParser
@@ -145,7 +145,7 @@ def error_of(chunk: TokenChunk) -> FreeholdError | None:
         return None
     if isinstance(chunk.error, FreeholdError):
         return chunk.error
-    found = EngineError(f"the engine failed on this request: {chunk.error or 'it did not say why'}")
+    found = EngineError(INTERNAL_ERROR)
     found.__cause__ = chunk.error
     return found
 

@@ -12,7 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from freehold.engine.guide import GuideCompiler, GuideState
+from freehold.engine.guide import GuideCompiler, GuideState, _cause
 from freehold.errors import EngineError, InvalidRequest, UnsupportedField
 from freehold.model.tokenizer import Tokenizer
 from freehold.types import Guide, ToolSpec
@@ -414,3 +414,8 @@ for guide in (Guide("json_object"), Guide("tool_call", tools=(tool,))):
 """
     result = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("noise", ["\n<backtrace>\n  0: main", " panic: index out of bounds", "\n<state>\nx"])
+def test_a_cause_ends_before_the_noise(noise: str) -> None:
+    assert _cause(f"too many\n states{noise}") == "too many states"
