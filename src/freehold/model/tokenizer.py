@@ -31,6 +31,7 @@ GLM_SPECIAL_TOKENS: tuple[str, ...] = (
     "/nothink", "<|begin_of_box|>", "<|end_of_box|>", "<|image|>", "<|video|>",
 )  # fmt: skip
 SPECIAL: dict[str, int] = {text: offset for offset, text in enumerate(GLM_SPECIAL_TOKENS)}
+LONG_TEXT = 4096  # characters; tokenised in a millisecond
 TOY_RESERVED = 64  # ids at the top of a toy vocabulary: the control tokens, then unmapped ids
 
 
@@ -99,9 +100,15 @@ class Tokenizer:
         special=False: text that spells a control token is encoded as the plain characters it is, so that user
         content cannot forge a turn.
         """
-        if special or not self._could_forge(text):
-            return self.backend.encode(text, add_special_tokens=False).ids
-        return self._plain.encode(text, add_special_tokens=False).ids
+        backend = self.backend if special or not self._could_forge(text) else self._plain
+        if len(text) <= LONG_TEXT:
+            return backend.encode(text, add_special_tokens=False).ids
+        # The same ids, but without holding the interpreter's lock, so that other threads run meanwhile.
+        return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def fewest_tokens(self, num_bytes: int) -> int:
+        """A number of tokens that no text of so many bytes of UTF-8 has less of; known without tokenising it."""
+        return -(-num_bytes // self._most_bytes) if self._most_bytes else 0
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of the ids. Bytes that are not UTF-8 become U+FFFD; unknown and padding ids become nothing."""
@@ -133,6 +140,14 @@ class Tokenizer:
         }
         text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2)
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        """Bytes of the longest token; 0 if a token may stand for any number of them."""
+        added = self.backend.get_added_tokens_decoder().values()
+        if self.backend.normalizer is not None or any(token.lstrip or token.rstrip for token in added):
+            return 0
+        return max(map(len, self._bytes), default=0)
 
     def _could_forge(self, text: str) -> bool:
         # A normaliser could turn other characters into a control token, so only its absence makes the quick look safe.

@@ -67,6 +67,7 @@ class ChatService:
         if guide is not None:
             guide = replace(guide, thinking=rendered.thinking)
             _check_guide(guide, self.guides)
+        check_bytes(self.engine, self.tokenizer, rendered.text, param="messages")
         prompt = rendered.encode(self.tokenizer)
         max_tokens = turn.params.max_tokens if turn.max_tokens_given else room(self.engine, len(prompt))
         params = replace(turn.params, guide=guide, max_tokens=max_tokens)
@@ -130,6 +131,18 @@ class CompletionService:
         )
         source = self.engine.submit(request_id, prompt_ids, _with_seed(params, seed_offset), cache_salt=cache_salt)
         return EventGenerator(source, reader)
+
+
+def check_bytes(engine: AsyncEngine, tokenizer: Tokenizer, text: str, *, param: str) -> None:
+    """Refuse a prompt that is too long however it is tokenised, before the time is spent. Raises ContextTooLong."""
+    num_bytes = len(text.encode("utf-8", "surrogatepass"))
+    fewest, limit = tokenizer.fewest_tokens(num_bytes), engine.config.max_model_len
+    if fewest > limit:
+        raise ContextTooLong(
+            f"the prompt has {num_bytes:,} bytes, which are at least {fewest:,} tokens, and the context length is "
+            f"{limit:,}; shorten the prompt",
+            param=param,
+        )
 
 
 def room(engine: AsyncEngine, num_prompt_tokens: int) -> int:

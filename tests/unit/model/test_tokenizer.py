@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.errors import ConfigError
-from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, SPECIAL, Tokenizer, byte_alphabet
+from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, LONG_TEXT, SPECIAL, Tokenizer, byte_alphabet
 
 TEXT = '[gMASK]<sop><|user|>What is the weather in 北京 🙂?<|assistant|><think>ok</think>{"name": "x"}\n\n'
 
@@ -138,3 +138,25 @@ def test_wrong_files_are_refused_by_name(toy: Tokenizer, tmp_path: Path) -> None
         Tokenizer(words)
     with pytest.raises(ConfigError, match="belongs to another model"):
         Tokenizer(toy.backend, vocab_size=4096)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_no_text_has_fewer_tokens_than_the_fewest(text: str) -> None:
+    toy = Tokenizer.toy(512)
+    assert len(toy.encode(text)) >= toy.fewest_tokens(len(text.encode("utf-8")))
+
+
+def test_the_fewest_tokens_are_not_known_where_a_token_may_take_any_number_of_bytes(toy: Tokenizer) -> None:
+    longest = max(len(toy.token_bytes(i)) for i in range(toy.vocab_size))
+    assert toy.fewest_tokens(10 * longest + 1) == 11
+    backend = tokenizers.Tokenizer.from_str(toy.backend.to_str())
+    backend.add_special_tokens([tokenizers.AddedToken("<wide>", lstrip=True)])
+    assert Tokenizer(backend).fewest_tokens(1_000_000) == 0
+
+
+def test_a_long_text_gets_the_same_tokens_as_a_short_one(toy: Tokenizer) -> None:
+    text = "Grüezi <|user|> 世界 and more.\n" * (LONG_TEXT // 10)
+    for special in (True, False):
+        backend = toy.backend if special else toy._plain
+        assert toy.encode(text, special=special) == backend.encode(text, add_special_tokens=False).ids

@@ -227,7 +227,7 @@ async def test_a_failure_is_raised_after_what_came_before() -> None:
         events = chat.run(chat.prepare(turn()), request_id="r")
         first = [await anext(events) for _ in range(3)]
         assert first == [ReasoningDelta("x"), ReasoningDelta("1"), ContentDelta("y")]
-        with pytest.raises(EngineError, match="on this request: scripted failure"):
+        with pytest.raises(EngineError, match="internal error"):
             await anext(events)
         with pytest.raises(StopAsyncIteration):
             await anext(events)
@@ -300,6 +300,18 @@ async def test_no_room_for_an_answer() -> None:
         await answer(ScriptedRunner("a"), turn(messages=long), max_model_len=64)
     with pytest.raises(InsufficientMemory, match="bytes"):
         await answer(ScriptedRunner("a"), turn(messages=long, max_tokens_given=False), num_blocks=2)
+
+
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*_: object, **__: object) -> list[int]:
+        raise AssertionError("tokenised")
+
+    runner = ScriptedRunner("a")
+    monkeypatch.setattr(TOY, "encode", encode)
+    long = ({"role": "user", "content": "word " * 10_000},)
+    with pytest.raises(ContextTooLong, match=r"has 50,\d+ bytes, which are at least [\d,]+ tokens") as caught:
+        await answer(runner, turn(messages=long), max_model_len=64)
+    assert caught.value.param == "messages"
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
