@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import openai
 import pytest
 
+from freehold.engine.engine import Engine
 from freehold.engine.metrics import EngineStats
 from freehold.engine.sim import SimConfig, build_sim_engine
+from freehold.model.tokenizer import Tokenizer
 from freehold.serve.server import Server, base_url, build_state, open_socket
 from freehold.serve.template import ChatTemplate
 
@@ -21,18 +23,23 @@ T = TypeVar("T")
 
 
 class LiveServer:
-    """A server that runs until `stop`. What happens inside is visible: stats, and tasks of its event loop."""
+    """A server that runs until `stop`. What happens inside is visible: stats, and tasks of its event loop.
+
+    build: makes another engine than the simulated one, for which sim and engine_options are.
+    """
 
     def __init__(
         self,
         sim: SimConfig | None = None,
         *,
         profile: str = "glm-5.2",
+        build: Callable[[], tuple[Engine, Tokenizer]] | None = None,
         api_keys: tuple[str, ...] = (),
+        salt_per_key: bool = False,
         warm: bool = True,
         **engine_options: Any,
     ) -> None:
-        engine, tokenizer = build_sim_engine(sim, **engine_options)
+        engine, tokenizer = build() if build is not None else build_sim_engine(sim, **engine_options)
         sock, loopback = open_socket("127.0.0.1", 0, has_keys=bool(api_keys))
         self.url = base_url(sock)
         self.state = build_state(
@@ -40,6 +47,7 @@ class LiveServer:
             tokenizer,
             ChatTemplate.builtin(profile),
             api_keys=api_keys,
+            salt_per_key=salt_per_key,
             loopback=loopback,
             model_names=("sim", "alias"),
         )

@@ -32,18 +32,34 @@ class Profile(StrEnum):
     GLM_5_3 = "glm-5.3"
 
 
+ModelNames = Annotated[
+    list[str] | None,
+    typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
+]
+SaltPerKey = Annotated[bool, typer.Option("--salt-per-key", help="Do not share the prefix cache between API keys.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check SHA256SUMS before loading; reads every byte once more.")]
+DrainTimeout = Annotated[float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)]
+Sim = Annotated[bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")]
+PrefillMs = Annotated[float, typer.Option(help="--sim: milliseconds for each 1,000 prompt tokens.", min=0)]
+Faults = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="--sim: 'KIND [after=TOKENS] [seconds=S] [every=REQUESTS]'; KIND is error, crash, stall or slow.",
+        show_default=False,
+    ),
+]
+
+
 def serve(
     directory: Annotated[Path | None, typer.Argument(help="A checkpoint directory.", show_default=False)] = None,
     host: Annotated[str, typer.Option(help="Address to serve on; any but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535)] = 8000,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
-    ] = None,
+    served_model_name: ModelNames = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="API keys, one a line. The variable FREEHOLD_API_KEY has one more.", show_default=False),
     ] = None,
+    salt_per_key: SaltPerKey = False,
     profile: Annotated[
         Profile, typer.Option(help="Chat template: auto is the checkpoint's own, the others are built in.")
     ] = Profile.AUTO,
@@ -56,26 +72,15 @@ def serve(
     cache_bytes: Annotated[
         str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
     ] = None,
+    verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
-    drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)
-    ] = 30.0,
-    sim: Annotated[
-        bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")
-    ] = False,
-    sim_prefill_ms: Annotated[
-        float, typer.Option(help="--sim: milliseconds for each 1,000 prompt tokens.", min=0)
-    ] = 0.0,
+    drain_timeout: DrainTimeout = 30.0,
+    sim: Sim = False,
+    sim_prefill_ms: PrefillMs = 0.0,
     sim_itl_ms: Annotated[float, typer.Option(help="--sim: milliseconds a step.", min=0)] = 0.0,
     sim_drafts: Annotated[int, typer.Option(help="--sim: speculative tokens a step.", min=0, max=16)] = 0,
-    sim_fault: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="--sim: 'KIND [after=TOKENS] [seconds=S] [every=REQUESTS]'; KIND is error, crash, stall or slow.",
-            show_default=False,
-        ),
-    ] = None,
+    sim_fault: Faults = None,
 ) -> None:
     """Serve a checkpoint behind an OpenAI-compatible API."""
     from freehold.serve import server
@@ -85,10 +90,12 @@ def serve(
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
-    if sim and (cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO):
-        raise InvalidRequest("--cache-bytes, --threads and --dtype are for a model; --sim has none")
+    if sim and (cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO or verify):
+        raise InvalidRequest("--cache-bytes, --threads, --dtype and --verify are for a model; --sim has none")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keys = server.read_api_keys(api_key_file)
+    if salt_per_key and not keys:
+        raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
     names = tuple(served_model_name or ())
     if not all(name.strip() for name in names):
         raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
@@ -106,11 +113,19 @@ def serve(
             sampling = SamplingDefaults()
         else:
             settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
+            settings["verify"] = verify
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
         template = _template(directory, profile)
         state = server.build_state(
-            engine, tokenizer, template, model_names=names, sampling=sampling, api_keys=keys, loopback=loopback
+            engine,
+            tokenizer,
+            template,
+            model_names=names,
+            sampling=sampling,
+            api_keys=keys,
+            salt_per_key=salt_per_key,
+            loopback=loopback,
         )
         server.serve(state, sock, drain_timeout=drain_timeout)
 

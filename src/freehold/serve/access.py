@@ -73,6 +73,19 @@ class Guard:
         return found
 
 
+def cache_salt(request: Request, given: str | None, *, per_key: bool) -> str | None:
+    """The prefix cache's salt of a request. given: the client's own.
+
+    per_key: the caller's API key is mixed in, so that nobody can tell from the timing of an answer what the holders of
+    other keys have asked.
+    """
+    key = _sent_key(request.headers) if per_key else None
+    if key is None:
+        return given
+    digest = _digest(key).hex()
+    return digest if given is None else f"{digest}:{given}"
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()  # equal lengths, so that the comparison does not tell the key's
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def routes(state: ServerState) -> list[Route]:
         decoded = decode(body.value, ChatRequest, "chat")
         ask = decoded.value
         model = state.resolve_model(ask.model)
-        turn = to_turn(ask, state)
+        turn = replace(to_turn(ask, state), cache_salt=state.cache_salt(request, ask.cache_salt))
         # Compiling a grammar takes as long as it takes, however short the request.
         weight = body.size if turn.response_format is None and turn.tool_choice in ("auto", "none") else inf
         prepared = await in_thread_if_large(weight, state.chat.prepare, turn)

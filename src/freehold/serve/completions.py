@@ -17,6 +17,7 @@ from freehold.serve.completion_reply import Asked, CompletionWriter, collect
 from freehold.serve.openapi import Operation
 from freehold.serve.params import check_stream_options, check_token_ids, sampling_params, wants_usage
 from freehold.serve.schema import MAX_CHOICES, CompletionRequest
+from freehold.serve.service import check_bytes
 from freehold.serve.stream import DONE, EventStream, all_or_none, merge, until_disconnect
 from freehold.serve.wire import decode, in_thread_if_large, json_response, new_id, read_json
 from freehold.types import SamplingParams
@@ -48,7 +49,8 @@ def routes(state: ServerState) -> list[Route]:
         ask = decoded.value
         model = state.resolve_model(ask.model)
         job = await in_thread_if_large(body.size, _read, ask, state, model)
-        streams = await all_or_none(lambda index: _submit(state, ask, job, index), len(job.prompts) * job.asked.n)
+        salt = state.cache_salt(request, ask.cache_salt)
+        streams = await all_or_none(lambda index: _submit(state, ask, job, index, salt), len(job.prompts) * job.asked.n)
         if ask.stream:
             writer = CompletionWriter(job.asked, with_usage=wants_usage(ask))
             return EventStream(request, _frames(writer, streams), warnings=decoded.warnings)
@@ -109,7 +111,9 @@ def _read(ask: CompletionRequest, state: ServerState, model: str) -> _Job:
     return _Job(prompts, params, asked)
 
 
-def _submit(state: ServerState, ask: CompletionRequest, job: _Job, index: int) -> AsyncGenerator[TextEvent, None]:
+def _submit(
+    state: ServerState, ask: CompletionRequest, job: _Job, index: int, cache_salt: str | None
+) -> AsyncGenerator[TextEvent, None]:
     prompt, choice = divmod(index, job.asked.n)
     return state.completion.run(
         job.prompts[prompt],
@@ -117,7 +121,7 @@ def _submit(state: ServerState, ask: CompletionRequest, job: _Job, index: int) -
         request_id=f"{job.asked.id}-{index}",
         stop=ask.stop_strings(),
         include_stop=bool(ask.include_stop_str_in_output),
-        cache_salt=ask.cache_salt,
+        cache_salt=cache_salt,
         seed_offset=choice,
     )
 
@@ -140,7 +144,11 @@ def _prompt_ids(ask: CompletionRequest, state: ServerState) -> tuple[tuple[int, 
 
 
 def _one_prompt(item: str | list[int], state: ServerState) -> tuple[int, ...]:
-    ids = state.completion.tokenizer.encode(item) if isinstance(item, str) else item
+    if isinstance(item, str):
+        check_bytes(state.engine, state.completion.tokenizer, item, param="prompt")
+        ids = state.completion.tokenizer.encode(item)
+    else:
+        ids = item
     if not ids:
         raise InvalidRequest("prompt: is empty; the model needs at least one token to continue", param="prompt")
     check_token_ids("prompt", ids, state.engine.config.vocab_size)

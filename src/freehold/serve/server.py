@@ -101,6 +101,7 @@ def build_state(
     model_names: Sequence[str] = (),
     sampling: SamplingDefaults | None = None,
     api_keys: tuple[str, ...] = (),
+    salt_per_key: bool = False,
     loopback: bool = True,
 ) -> ServerState:
     """Put services around an engine. model_names: by default the engine's own.
@@ -117,6 +118,7 @@ def build_state(
         model_names=tuple(model_names) or (engine.config.model_name,),
         sampling=sampling or SamplingDefaults(),
         api_keys=api_keys,
+        salt_per_key=salt_per_key,
         loopback=loopback,
     )
 

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from freehold.errors import ConfigError, NotFound
+from freehold.serve.access import cache_salt
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from freehold.engine.async_engine import AsyncEngine
     from freehold.serve.service import ChatService, CompletionService
 
@@ -58,6 +61,7 @@ class ServerState:
 
     model_names: the name to report first, then aliases; any of them is accepted as `model`.
     api_keys: empty means that no key is asked for (then the server must be bound to loopback).
+    salt_per_key: each API key has its own part of the prefix cache, whatever `cache_salt` its requests give.
     loopback: bound to a loopback address; together with no keys it turns on the check of the Host header.
     """
 
@@ -66,6 +70,7 @@ class ServerState:
     model_names: tuple[str, ...]
     sampling: SamplingDefaults = SamplingDefaults()  # noqa: RUF009  frozen
     api_keys: tuple[str, ...] = ()
+    salt_per_key: bool = False
     loopback: bool = True
     max_body_bytes: int = MAX_BODY_BYTES
     started: int = field(default_factory=lambda: int(time.time()))  # unix seconds; `created` of the model object
@@ -77,6 +82,10 @@ class ServerState:
     @property
     def model_name(self) -> str:
         return self.model_names[0]
+
+    def cache_salt(self, request: Request, given: str | None) -> str | None:
+        """The prefix cache's salt of a request that gave this one."""
+        return cache_salt(request, given, per_key=self.salt_per_key)
 
     def resolve_model(self, name: str | None) -> str:
         """The name to answer with: the one that was asked for, or ours when none was. Raises NotFound."""

@@ -12,6 +12,7 @@ from freehold.cli.main import main
 from freehold.cli.serve import parse_bytes, parse_fault
 from freehold.engine.sim import Fault
 from freehold.errors import InvalidRequest
+from freehold.model.tiny import make_tiny
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,8 @@ def test_what_is_no_fault(text: str) -> None:
         (["somewhere", "--sim-drafts", "3"], "need --sim"),
         (["--sim", "--cache-bytes", "1GiB"], "--sim has none"),
         (["--sim", "--threads", "2"], "--sim has none"),
+        (["--sim", "--verify"], "--sim has none"),
+        (["--sim", "--salt-per-key"], "FREEHOLD_API_KEY"),
         (["--sim", "--host", "0.0.0.0"], "FREEHOLD_API_KEY"),
         (["--sim", "--api-key-file", "/nowhere"], "/nowhere"),
         (["--sim", "--port", "0", "--sim-fault", "boom"], "--sim-fault"),
@@ -82,6 +85,16 @@ def test_what_cannot_be_served_is_said_in_one_line(
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) != 0
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_shards_are_verified_before_they_are_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny(tmp_path, "nano")
+    shard = next(tmp_path.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert main(["serve", str(tmp_path), "--port", "0", "--verify"]) == 4
+    assert f"{shard.name}: its SHA-256" in capsys.readouterr().err
 
 
 def test_the_command_and_the_server_import_no_torch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -46,8 +47,9 @@ def routes(state: ServerState) -> list[Route]:
         ask = decoded.value
         model = state.resolve_model(ask.model)
         translated = translate(ask, state.sampling)
+        turn = replace(translated.turn, cache_salt=state.cache_salt(request, ask.cache_salt))
         with RESPONSES.errors():
-            prepared = await in_thread_if_large(body.size, state.chat.prepare, translated.turn)
+            prepared = await in_thread_if_large(body.size, state.chat.prepare, turn)
         warnings = (*decoded.warnings, *translated.warnings, *map(RESPONSES.say, prepared.warnings))
         writer = ResponseWriter(
             _begun(ask, model, prepared, body.value),
