@@ -7,7 +7,7 @@ import pytest
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.request import Request
 from freehold.engine.step import SeqOutput, StepInput
-from freehold.errors import ConfigError, EngineError, InvalidRequest, Unavailable
+from freehold.errors import INTERNAL_ERROR, ConfigError, EngineError, InvalidRequest, Unavailable
 from freehold.types import FinishReason, SamplingParams
 
 
@@ -94,11 +94,11 @@ def test_a_failing_runner_ends_everything_and_is_final() -> None:
         "b": FinishReason.ERROR,
     }
     assert isinstance(engine.failure, EngineError)
-    assert "RuntimeError: out of memory" in engine.failure.message
+    assert engine.failure.message == INTERNAL_ERROR
     assert engine.failure.__cause__ is runner.fail
     assert not engine.has_work
     assert engine.stats().kv_usage == 0.0
-    with pytest.raises(Unavailable, match="out of memory"):
+    with pytest.raises(Unavailable, match="internal error"):
         engine.add(Request("c", [1], SamplingParams()))
 
 
