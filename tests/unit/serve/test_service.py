@@ -381,7 +381,7 @@ async def test_structures(
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}},
             "response_format",
-            "cannot be enforced",
+            "'strange'",
         ),
         ({"effort": "extreme"}, "reasoning_effort", "extreme"),
         ({"template_kwargs": {"x": 1}}, "chat_template_kwargs.x", "'x'"),
