@@ -39,8 +39,9 @@ class Process:
 
     @staticmethod
     def _read(pipe: Any, lines: list[str]) -> None:
-        for line in pipe:
-            lines.append(line.rstrip("\n"))  # noqa: PERF401  as they come, not when the pipe ends
+        with pipe:
+            for line in pipe:
+                lines.append(line.rstrip("\n"))  # noqa: PERF401  as they come, not when the pipe ends
 
     def wait_for(self, text: str, seconds: float = 30) -> str:
         end = time.monotonic() + seconds
