@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import hypothesis
@@ -54,6 +55,21 @@ def test_the_document_is_the_one_that_is_served(small_server: LiveServer) -> Non
 @phase("fuzzing").parametrize()
 @hypothesis.settings(max_examples=30)
 def test_random_requests(case: schemathesis.Case, small_server: LiveServer) -> None:
+    case.call_and_validate(base_url=small_server.url, checks=CHECKS, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 4}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 16}),
+        ("/v1/messages", {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
+    ],
+)
+def test_the_events_of_a_stream_fit_the_document(path: str, body: dict[str, Any], small_server: LiveServer) -> None:
+    """To the end: random requests are seldom streams, and of long ones schemathesis reads the beginning only."""
+    case = phase("examples")[path]["POST"].Case(body={**body, "stream": True}, media_type="application/json")
     case.call_and_validate(base_url=small_server.url, checks=CHECKS, timeout=20)
 
 

@@ -33,6 +33,7 @@ OPERATIONS = (
         request=ChatRequest,
         response=schema.ChatCompletion,
         event=schema.ChatChunk,
+        last="[DONE]",
     ),
 )
 

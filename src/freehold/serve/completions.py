@@ -36,6 +36,7 @@ OPERATIONS = (
         request=CompletionRequest,
         response=schema.Completion,
         event=schema.Completion,
+        last="[DONE]",
     ),
 )
 

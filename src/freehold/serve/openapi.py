@@ -19,6 +19,7 @@ class Operation:
     """One route, as the document and the error handlers need it. Every API module exports a tuple `OPERATIONS`.
 
     request, response, event: structs of the body, the JSON answer, and one event of the stream (if it can stream).
+    last: what a stream ends with, where that is not JSON.
     errors: how this API says that something went wrong, and the struct that it says it in.
     """
 
@@ -28,6 +29,7 @@ class Operation:
     request: Any = None
     response: Any = None
     event: Any = None
+    last: str | None = None
     errors: Callable[[Exception], object] = error_body
     error: Any = ErrorBody
     text: str | None = None  # media type of an answer that is not JSON
@@ -67,7 +69,14 @@ def _operation(operation: Operation, schema_of: dict[Any, Any], with_keys: bool)
         content["application/json"] = {"schema": schema_of[operation.response]}
     if operation.event is not None:
         # OpenAPI 3.1 has no words for the items of a stream; tools take the schema as that of one event.
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema_of[operation.event]}
+        content_schema = {"anyOf": [schema_of[operation.event], schema_of[operation.error]]}
+        data: dict[str, Any] = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": content_schema,
+        }
+        if operation.last is not None:
+            data = {"anyOf": [data, {"const": operation.last}]}
         event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
     error = {"application/json": {"schema": schema_of[operation.error]}}
