@@ -39,6 +39,7 @@ def prompt_of(length: int, seed: int) -> tuple[int, ...]:
 def ours(engine: Engine, length: int, tokens: int, seed: int) -> tuple[float, list[float]]:
     """(prefill seconds, seconds of each decode step) of one request on an idle engine."""
     params = SamplingParams(max_tokens=tokens + 1, temperature=0.0, ignore_eos=True)
+    torch.set_num_threads(1)  # as build_engine leaves it: the kernels have threads of their own
     engine.add(Request(f"bench-{length}-{seed}-{time.monotonic_ns()}", prompt_of(length, seed), params))
     start = last = time.perf_counter()
     prefill, steps = 0.0, []
@@ -57,12 +58,14 @@ def ours(engine: Engine, length: int, tokens: int, seed: int) -> tuple[float, li
 class Peer:
     """`transformers` on the same checkpoint."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, threads: int) -> None:
         self.model = load_oracle(directory, torch.bfloat16)
+        self.threads = threads
 
     def prefill(self, prompt: tuple[int, ...], chunk: int) -> tuple[float, Any]:
         from transformers import DynamicCache
 
+        torch.set_num_threads(self.threads)
         cache = DynamicCache(config=self.model.config)
         start = time.perf_counter()
         with torch.inference_mode():
@@ -71,6 +74,7 @@ class Peer:
         return time.perf_counter() - start, cache
 
     def decode(self, cache: Any, tokens: int, forward: Callable[..., Any] | None = None) -> list[float]:
+        torch.set_num_threads(self.threads)
         forward = forward or self.model
         steps, token = [], 1
         with torch.inference_mode():
@@ -85,6 +89,7 @@ class Peer:
         """Static cache, torch.compile'd forward; compile time is not counted."""
         from transformers import StaticCache
 
+        torch.set_num_threads(self.threads)
         cache = StaticCache(config=self.model.config, max_cache_len=len(prompt) + tokens + 16)
         with torch.inference_mode():
             for first in range(0, len(prompt), 512):
@@ -113,7 +118,7 @@ def main() -> int:
         make_tiny(Path(directory), size="small", seed=0)
         report.bar("points that differ from transformers in fp32", agree(directory), "==", 0)
         engine, _ = build_engine(directory, EngineOptions(threads=args.threads, max_num_seqs=4))
-        measure(report, engine, Peer(directory), rounds, tokens, deep, compiled=args.compile)
+        measure(report, engine, Peer(directory, args.threads), rounds, tokens, deep, compiled=args.compile)
         engine.close()
     return report.finish()
 

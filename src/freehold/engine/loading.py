@@ -21,6 +21,7 @@ from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.ops.choose import OpsChoice, load_ops
+from freehold.model.ops.native import DEFAULT_THREADS
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
@@ -61,8 +62,6 @@ def build_engine(
     """
     options = options or EngineOptions()
     directory = Path(directory)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     config = GlmConfig.from_file(directory)
     tokenizer = Tokenizer.from_dir(directory)
     model = load_model(directory, config, options, progress)
@@ -81,8 +80,14 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported (bfloat16 or float32)")
     dtype = _DTYPES[name]
-    model = Glm(config, dtype=dtype, ops=load_ops(dtype, options.ops)).requires_grad_(False).eval()
+    torch.set_num_threads(options.threads or DEFAULT_THREADS)
+    ops = load_ops(dtype, options.ops, options.threads)
+    model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
     load_weights(model, directory, progress=progress, verify=options.verify)
+    if ops.name == "native":
+        # What is left to torch is small, and its threads spin for a while after each of its operations: on the very
+        # cores that the kernels' threads need next. On 2 cores that halves the speed of prefill.
+        torch.set_num_threads(1)
     return model
 
 

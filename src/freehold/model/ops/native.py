@@ -19,6 +19,9 @@ from freehold.model.inputs import Span
 from freehold.model.ops.library import Native
 from freehold.model.ops.reference import ReferenceOps
 
+DEFAULT_THREADS = torch.get_num_threads()
+"""What torch found when this module was first imported: one a core, or OMP_NUM_THREADS."""
+
 SMALL_ROWS = 16
 """Up to this many rows use the kernels that read each weight once; more use a blocked matrix multiplication."""
 
@@ -36,14 +39,14 @@ def _dense(x: Tensor) -> Tensor:
 class NativeOps(ReferenceOps):
     """Implements `interface.Ops`. Not for concurrent use by design: calls from several threads take turns.
 
-    threads: including the caller; default torch's. isa: one of `library.ISAS`, default the best this machine has.
+    threads: the caller included, default DEFAULT_THREADS. isa: one of `library.ISAS`, default the best of this machine.
     Raises library.NativeUnavailable.
     """
 
     name = "native"
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
-        self.threads = threads if threads is not None else torch.get_num_threads()
+        self.threads = threads if threads is not None else DEFAULT_THREADS
         self._native = Native(self.threads, isa)
         self._context = self._native.context
         self.isa = self._native.isa
