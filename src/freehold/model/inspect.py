@@ -29,7 +29,8 @@ from freehold.model.cache_layout import (
 from freehold.model.checkpoint_files import Progress, verify_manifest
 from freehold.model.config import GlmConfig
 from freehold.model.names import SCALE_SUFFIX, TensorSpec, tensor_specs
-from freehold.model.storage import find_problems, fp8_scheme, stored_tensors
+from freehold.model.storage import find_problems, stored_tensors
+from freehold.model.storage_fp8 import fp8_scheme
 
 PUBLISHED = ("glm-5", "glm-5.1", "glm-5.2", "glm-5.2-fp8", "glm-5.3")
 # Published chat templates, by SHA-256 or MD5 of the file.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from freehold.errors import CheckpointError
-from freehold.model.storage import BLOCK, scale_shape
+from freehold.model.storage_fp8 import BLOCK, scale_shape
 
 E4M3_MAX = 448.0
 
