@@ -18,8 +18,9 @@ from freehold.errors import CheckpointError
 from freehold.headers import CheckpointIndex, TensorEntry
 from freehold.model.checkpoint_files import Progress, verify_manifest
 from freehold.model.config import GlmConfig
+from freehold.model.held import Destination
 from freehold.model.names import SCALE_SUFFIX, tensor_specs
-from freehold.model.quant import dequantize_blocks
+from freehold.model.quant import BlockQuantized, dequantize_blocks
 from freehold.model.storage import check
 
 _TORCH_DTYPES = {
@@ -35,7 +36,7 @@ class Loadable(Protocol):
 
     config: GlmConfig
 
-    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+    def checkpoint_tensors(self) -> dict[str, Destination]:
         """Published name -> the parameter, or view of one, that holds it."""
         ...
 
@@ -86,10 +87,10 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
 
 
 @torch.no_grad()
-def _load(entry: TensorEntry, data: mmap.mmap, target: torch.Tensor, index: CheckpointIndex) -> None:
+def _load(entry: TensorEntry, data: mmap.mmap, target: Destination, index: CheckpointIndex) -> None:
     source = _view(entry, data)
     if entry.dtype != "F8_E4M3":
-        target.copy_(source)
+        target.copy_(source) if isinstance(target, torch.Tensor) else target.load(source)
         return
     scale_entry = index.tensors[entry.name + SCALE_SUFFIX]
     if scale_entry.file == entry.file:
@@ -97,7 +98,10 @@ def _load(entry: TensorEntry, data: mmap.mmap, target: torch.Tensor, index: Chec
     else:
         with _mapped(scale_entry.file) as other:
             scale = _view(scale_entry, other).clone()
-    dequantize_blocks(source, scale, target)
+    if isinstance(target, torch.Tensor):
+        dequantize_blocks(source, scale, target)
+    else:
+        target.load(BlockQuantized(source, scale))
 
 
 def _view(entry: TensorEntry, data: mmap.mmap) -> torch.Tensor:
@@ -127,7 +131,7 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
         data.close()
 
 
-def _check_targets(config: GlmConfig, targets: dict[str, torch.Tensor]) -> None:
+def _check_targets(config: GlmConfig, targets: dict[str, Destination]) -> None:
     """The model must hold exactly the published tensors, in the published shapes."""
     specs = {spec.name: spec for spec in tensor_specs(config)}
     for name, target in targets.items():
