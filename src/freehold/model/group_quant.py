@@ -67,7 +67,7 @@ def quantize_groups(weight_OI: torch.Tensor, bits: int, group: int, *, name: str
     codes_OI = torch.empty(rows, columns, dtype=torch.int8)
     scale_OG = torch.empty(rows, columns // group, dtype=torch.bfloat16)
     for band in _bands(rows, columns):
-        x_BGg = weight_OI[band].to(torch.float32).unflatten(1, (-1, group))
+        x_BGg = weight_OI[band].to(torch.float32).reshape(-1, columns // group, group)
         largest_BG, where_BG = x_BGg.abs().max(-1, keepdim=True)  # NaN counts as the largest
         if not bool(torch.isfinite(largest_BG).all()):
             raise CheckpointError(f"{name!r} has a weight that is NaN or infinite; it cannot be quantised")
@@ -92,8 +92,9 @@ def dequantize_groups_into(quantized: GroupQuantized, out_OI: torch.Tensor) -> N
     """Write the weights into out_OI (any float dtype and strides), each rounded once, with little extra memory."""
     if tuple(out_OI.shape) != quantized.shape:
         raise CheckpointError(f"a weight {list(quantized.shape)} cannot be put into {list(out_OI.shape)}")
+    groups = quantized.scale_OG.shape[1]
     for band in _bands(*quantized.shape):
-        codes_BGg = quantized.codes_OI[band].to(torch.float32).unflatten(1, (-1, quantized.group))
+        codes_BGg = quantized.codes_OI[band].to(torch.float32).reshape(-1, groups, quantized.group)
         out_OI[band].copy_(codes_BGg.mul_(quantized.scale_OG[band].to(torch.float32).unsqueeze(-1)).flatten(1))
 
 
