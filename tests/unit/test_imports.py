@@ -33,6 +33,8 @@ TORCH = {
     "freehold.model.ops.native",
     "freehold.model.ops.reference",
     "freehold.model.quant",
+    "freehold.model.quantize",
+    "freehold.model.quantize_tensors",
     "freehold.model.weights",
 }
 

@@ -82,7 +82,7 @@ def load_weights(
                 name = entry.name.removesuffix(PACKED)
                 target = targets.get(name)
                 if target is not None:  # else it is a scale or a shape, read with its weight
-                    _put(_source(name, entry, data, index), target, entry)
+                    _put(_source(name, entry, data, index), target, name)
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -94,23 +94,27 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
 
     dtype defaults to the file's, and to bf16 for a quantised matrix. Raises CheckpointError if there is no such tensor.
     """
+    with open_tensor(index, name) as source:
+        stored = source.dtype if isinstance(source, torch.Tensor) else torch.bfloat16
+        target = torch.empty(source.shape, dtype=dtype or stored)
+        _put(source, target, name)
+    return target
+
+
+@contextmanager
+def open_tensor(index: CheckpointIndex, name: str) -> Iterator[Source]:
+    """A tensor as its file has it, by its published name: a view of the file that must not be used afterwards."""
     entry = index.tensors.get(name) or index.tensors.get(name + PACKED)
     if entry is None:
         raise CheckpointError(f"{index.directory}: no tensor {name!r}")
     with _mapped(entry.file) as data:
-        source = _source(name, entry, data, index)
-        stored = source.dtype if isinstance(source, torch.Tensor) else torch.bfloat16
-        target = torch.empty(source.shape, dtype=dtype or stored)
-        _put(source, target, entry)
-    return target
+        yield _source(name, entry, data, index)
 
 
 @torch.no_grad()
-def _put(source: Source, target: torch.Tensor | Target, entry: TensorEntry) -> None:
+def _put(source: Source, target: torch.Tensor | Target, name: str) -> None:
     if tuple(source.shape) != tuple(target.shape):  # a weight_shape that denies what the headers say
-        raise CheckpointError(
-            f"{entry.file}: tensor {entry.name!r} is a matrix {list(source.shape)}, expected {list(target.shape)}"
-        )
+        raise CheckpointError(f"tensor {name!r} is a matrix {list(source.shape)}, expected {list(target.shape)}")
     if not isinstance(target, torch.Tensor):
         target.load(source)
     elif isinstance(source, BlockQuantized):
