@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src" / "freehold"
 # unless its name is added here.
 TORCH = {
     "freehold.engine.batch",
+    "freehold.engine.compare",
     "freehold.engine.loading",
     "freehold.engine.runner",
     "freehold.engine.sampler",

@@ -28,11 +28,6 @@ class TensorError:
     max_abs: float
     cosine: float
 
-    @property
-    def snr_db(self) -> float:
-        """Signal to noise in decibels; infinite without error."""
-        return -20 * math.log10(self.relative_rms) if self.relative_rms else math.inf
-
 
 @dataclass(frozen=True, slots=True)
 class KindError:
@@ -45,6 +40,11 @@ class KindError:
     relative_rms: float
     worst: float
     least_cosine: float
+
+    @property
+    def snr_db(self) -> float:
+        """Signal to noise in decibels; infinite without error."""
+        return -20 * math.log10(self.relative_rms) if self.relative_rms else math.inf
 
 
 @dataclass(frozen=True, slots=True)
