@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src" / "freehold"
 # unless its name is added here.
 TORCH = {
     "freehold.engine.batch",
+    "freehold.engine.compare",
     "freehold.engine.loading",
     "freehold.engine.runner",
     "freehold.engine.sampler",
@@ -33,6 +34,8 @@ TORCH = {
     "freehold.model.ops.native",
     "freehold.model.ops.reference",
     "freehold.model.quant",
+    "freehold.model.quantize",
+    "freehold.model.quantize_tensors",
     "freehold.model.weights",
 }
 

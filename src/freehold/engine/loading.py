@@ -20,13 +20,10 @@ from freehold.errors import ConfigError, InsufficientMemory, InvalidRequest
 from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
-from freehold.model.names import tensor_specs
 from freehold.model.ops.choose import OpsChoice, load_ops
 from freehold.model.ops.fused import FusedLayers, fits
 from freehold.model.ops.native import DEFAULT_THREADS, NativeOps
-from freehold.model.packed import Kind
-from freehold.model.packing import KindOf, kind_under, pack_model
-from freehold.model.storage_fp8 import fp8_scheme
+from freehold.model.packing import Quantize, forms, pack_model
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
@@ -56,7 +53,7 @@ class EngineOptions:
     threads: int | None = None
     verify: bool = False
     ops: OpsChoice = "auto"
-    quantize: Literal["int8", "int4", "fp8"] | None = None
+    quantize: Quantize | None = None
 
 
 def build_engine(
@@ -89,8 +86,8 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     torch.set_num_threads(options.threads or DEFAULT_THREADS)
     ops = load_ops(dtype, options.ops, options.threads)
     model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
-    if isinstance(ops, NativeOps):
-        pack_model(model, _kinds(config, options))
+    if isinstance(ops, NativeOps) or options.quantize is not None:
+        pack_model(model, forms(config, options.quantize))
     load_weights(model, directory, progress=progress, verify=options.verify)
     if isinstance(ops, NativeOps):
         if fits(config, layers := model.decoder_layers):
@@ -99,20 +96,6 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
         # cores that the kernels' threads need next. On 2 cores that halves the speed of prefill.
         torch.set_num_threads(1)
     return model
-
-
-def _kinds(config: GlmConfig, options: EngineOptions) -> KindOf:
-    """Which kind each matrix is held in: as the checkpoint stores it, or as asked for by `quantize`."""
-    specs = {spec.name: spec for spec in tensor_specs(config)}
-    stored = fp8_scheme(config.quantization)
-
-    def kind(name: str) -> Kind:
-        spec = specs[name]
-        if options.quantize is not None:
-            return kind_under(options.quantize, spec, config)
-        return "fp8" if stored is not None and stored.converts(spec) else "bf16"
-
-    return kind
 
 
 def available_memory() -> int:

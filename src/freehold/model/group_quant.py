@@ -24,7 +24,8 @@ import torch
 
 from freehold.errors import CheckpointError
 
-_BAND = 1 << 20  # weights worked on at a time: their fp32 copies stay near the core's cache
+_BAND = 1 << 18  # weights worked on at a time: their fp32 copies stay near the core's cache
+_RANGE = {8: (-127, 127), 4: (-8, 7)}
 _LEAST_SCALE = torch.finfo(torch.bfloat16).tiny  # smaller ones lose bits, or become 0
 
 
@@ -67,15 +68,16 @@ def quantize_groups(weight_OI: torch.Tensor, bits: int, group: int, *, name: str
     codes_OI = torch.empty(rows, columns, dtype=torch.int8)
     scale_OG = torch.empty(rows, columns // group, dtype=torch.bfloat16)
     for band in _bands(rows, columns):
-        x_BGg = weight_OI[band].to(torch.float32).unflatten(1, (-1, group))
-        largest_BG, where_BG = x_BGg.abs().max(-1, keepdim=True)  # NaN counts as the largest
-        if not bool(torch.isfinite(largest_BG).all()):
+        x_BGg = weight_OI[band].to(torch.float32).reshape(-1, columns // group, group)
+        high_BG, low_BG = x_BGg.amax(-1, keepdim=True), x_BGg.amin(-1, keepdim=True)
+        largest_BG = torch.maximum(high_BG, -low_BG)
+        if not bool(torch.isfinite(largest_BG).all()):  # NaN counts as the largest
             raise CheckpointError(f"{name!r} has a weight that is NaN or infinite; it cannot be quantised")
         if bits == 8:
             scale_BG = _scale(largest_BG / 127)
-            codes_BGg = (x_BGg / scale_BG).round_().clamp_(-127, 127)
         else:
-            codes_BGg, scale_BG = _best_of(x_BGg, largest_BG, x_BGg.gather(-1, where_BG))
+            scale_BG = _best_scale(x_BGg, largest_BG, torch.where(high_BG >= -low_BG, high_BG, low_BG))
+        codes_BGg = (x_BGg / scale_BG).round_().clamp_(*_RANGE[bits])
         codes_OI[band] = codes_BGg.flatten(1).to(torch.int8)
         scale_OG[band] = scale_BG.squeeze(-1).to(torch.bfloat16)
     return GroupQuantized(codes_OI, scale_OG, bits, group)
@@ -92,8 +94,9 @@ def dequantize_groups_into(quantized: GroupQuantized, out_OI: torch.Tensor) -> N
     """Write the weights into out_OI (any float dtype and strides), each rounded once, with little extra memory."""
     if tuple(out_OI.shape) != quantized.shape:
         raise CheckpointError(f"a weight {list(quantized.shape)} cannot be put into {list(out_OI.shape)}")
+    groups = quantized.scale_OG.shape[1]
     for band in _bands(*quantized.shape):
-        codes_BGg = quantized.codes_OI[band].to(torch.float32).unflatten(1, (-1, quantized.group))
+        codes_BGg = quantized.codes_OI[band].to(torch.float32).reshape(-1, groups, quantized.group)
         out_OI[band].copy_(codes_BGg.mul_(quantized.scale_OG[band].to(torch.float32).unsqueeze(-1)).flatten(1))
 
 
@@ -114,31 +117,26 @@ def unpack_codes(packed_OW: torch.Tensor, bits: int) -> torch.Tensor:
     return (unsigned ^ 128).view(torch.int8)
 
 
-def _best_of(
-    x_BGg: torch.Tensor, largest_BG: torch.Tensor, extreme_BG: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(4-bit codes, scales [B, G, 1]) of the candidate with the least squared error in each group.
+def _best_scale(x_BGg: torch.Tensor, largest_BG: torch.Tensor, extreme_BG: torch.Tensor) -> torch.Tensor:
+    """The 4-bit scale [B, G, 1] of the candidate with the least squared error in each group.
 
     Errors are compared in units of the group's largest weight: squares of very small weights would all be 0.
     """
     unit_BG = torch.where(largest_BG > 0, largest_BG, 1.0)
-    codes_BGg, scale_BG, error_BG = _candidate(x_BGg, _scale(largest_BG / 7), unit_BG)
+    best_BG = _scale(largest_BG / 7)
+    error_BG = _squared_error(x_BGg, best_BG, unit_BG)
     for divisor in (-8.0, -8.5):
-        other_BGg, other_scale_BG, other_error_BG = _candidate(x_BGg, _scale(extreme_BG / divisor), unit_BG)
-        better_BG = other_error_BG < error_BG
-        codes_BGg = torch.where(better_BG, other_BGg, codes_BGg)
-        scale_BG = torch.where(better_BG, other_scale_BG, scale_BG)
-        error_BG = torch.minimum(error_BG, other_error_BG)
-    return codes_BGg, scale_BG
+        scale_BG = _scale(extreme_BG / divisor)
+        other_BG = _squared_error(x_BGg, scale_BG, unit_BG)
+        best_BG = torch.where(other_BG < error_BG, scale_BG, best_BG)
+        error_BG = torch.minimum(error_BG, other_BG)
+    return best_BG
 
 
-def _candidate(
-    x_BGg: torch.Tensor, scale_BG: torch.Tensor, unit_BG: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _squared_error(x_BGg: torch.Tensor, scale_BG: torch.Tensor, unit_BG: torch.Tensor) -> torch.Tensor:
     exact_BGg = x_BGg / scale_BG
     codes_BGg = exact_BGg.round().clamp_(-8, 7)
-    error_BG = exact_BGg.sub_(codes_BGg).square_().sum(-1, keepdim=True) * (scale_BG / unit_BG).square()
-    return codes_BGg, scale_BG, error_BG
+    return exact_BGg.sub_(codes_BGg).square_().sum(-1, keepdim=True) * (scale_BG / unit_BG).square()
 
 
 def _scale(wanted_BG: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Shape suffixes: M matrices of a stack, O outputs, I inputs, P panels, G groups o
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from freehold.model.group_quant import GroupQuantized, dequantize_groups, quantize_groups
 from freehold.model.quant import BlockQuantized, dequantize_blocks, quantize_blocks
 from freehold.model.storage_fp8 import BLOCK
+from freehold.model.storage_groups import GROUP_SIZE
 
 Kind = Literal["bf16", "int8", "int4", "fp8"]
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4", "fp8")
@@ -27,7 +29,7 @@ PANEL = 16
 CHUNK = 8
 """Inputs that codes of 4 bits are interleaved over; inner sizes are multiples of it."""
 
-GROUPS = {"int8": 64, "int4": 32}
+GROUPS: Mapping[str, int] = {"int8": GROUP_SIZE[8], "int4": GROUP_SIZE[4]}
 """Inputs that share a scale, where codes are integers."""
 
 _BITS = {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8}

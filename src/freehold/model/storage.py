@@ -1,25 +1,48 @@
-"""How a checkpoint stores its tensors: dtypes, FP8 block scales, and what of it is missing or wrong. Torch-free."""
+"""How a checkpoint stores its tensors: dtypes, quantisation, and what of it is missing or wrong. Torch-free.
+
+`storage_fp8` and `storage_groups` have the two kinds of quantised checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from freehold.errors import CheckpointError, ConfigError
 from freehold.headers import CheckpointIndex, TensorEntry
 from freehold.model.config import GlmConfig
 from freehold.model.names import SCALE_SUFFIX, TensorSpec, tensor_specs
-from freehold.model.storage_fp8 import BLOCK, fp8_scheme, scale_shape
+from freehold.model.storage_fp8 import BLOCK, Fp8Scheme, fp8_scheme, scale_shape
+from freehold.model.storage_groups import METHOD, PACKED, GroupScheme, group_problems, group_scheme
 from freehold.model.stored import Problem, StoredTensor
 
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
+def quantization_scheme(quantization: Mapping[str, Any] | None) -> Fp8Scheme | GroupScheme | None:
+    """Parse config.json's quantization_config; None if there is none. Raises ConfigError for an unsupported kind."""
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method", quantization.get("quant_algo"))
+    if method == "fp8":
+        return fp8_scheme(quantization)
+    if method == METHOD:
+        return group_scheme(quantization)
+    raise ConfigError(
+        f"quantization_config: quant_method {method!r} is not supported; use the BF16 build of the checkpoint, the FP8 "
+        f"one (block-scaled E4M3), or int8 or int4 in groups ({METHOD})"
+    )
+
+
 def stored_tensors(config: GlmConfig) -> Iterator[StoredTensor]:
     """Every tensor of a checkpoint of this config as published: 59,585 for GLM-5.2, 118,629 for GLM-5.2-FP8."""
-    scheme = fp8_scheme(config.quantization)
+    scheme = quantization_scheme(config.quantization)
     model_dtype = dtype_name(config.dtype)
     for spec in tensor_specs(config):
-        if scheme is not None and scheme.converts(spec):
+        form = scheme.format_of(spec) if isinstance(scheme, GroupScheme) else None
+        if form is not None:
+            yield from form.stored(spec)
+        elif isinstance(scheme, Fp8Scheme) and scheme.converts(spec):
             yield StoredTensor(spec.name, spec.shape, "F8_E4M3", spec)
             yield StoredTensor(spec.name + SCALE_SUFFIX, scale_shape(spec.shape), "F32", spec, is_scale=True)
         else:
@@ -40,10 +63,14 @@ def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem
 
     An FP8 scale beside a weight decides that the weight is FP8; config.json must then declare that scheme.
     """
-    scheme = fp8_scheme(config.quantization)
+    scheme = quantization_scheme(config.quantization)
     used: set[str] = set()
     quantised = 0
     for spec in tensor_specs(config):
+        form = scheme.format_of(spec) if isinstance(scheme, GroupScheme) else None
+        if form is not None:
+            yield from group_problems(form, spec, index, used)
+            continue
         used.add(spec.name)
         entry = index.tensors.get(spec.name)
         scale = index.tensors.get(spec.name + SCALE_SUFFIX) if spec.name.endswith(".weight") else None
@@ -51,7 +78,9 @@ def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem
             used.add(scale.name)
             quantised += 1
         if entry is None:
-            yield Problem("missing", spec.name, f"{index.directory}: tensor {spec.name!r} is missing")
+            packed = index.tensors.get(spec.name + PACKED)
+            hint = "" if packed is None else f" ({packed.name!r} is there, but config.json does not declare it)"
+            yield Problem("missing", spec.name, f"{index.directory}: tensor {spec.name!r} is missing{hint}")
         elif entry.shape != spec.shape:
             message = f"{entry.file}: tensor {spec.name!r} has shape {list(entry.shape)}, expected {list(spec.shape)}"
             yield Problem("shape", spec.name, message)
@@ -61,10 +90,10 @@ def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem
         if name not in used:
             message = f"{entry.file}: tensor {name!r} has no use in this model{_hint(name, config)}"
             yield Problem("unexpected", name, message)
-    if quantised and scheme is None:
-        message = f"{index.directory}: has FP8 block scales, but config.json has no quantization_config"
+    if quantised and not isinstance(scheme, Fp8Scheme):
+        message = f"{index.directory}: has FP8 block scales, but config.json does not declare FP8"
         yield Problem("quantization", "", message)
-    if scheme is not None and not quantised:
+    if isinstance(scheme, Fp8Scheme) and not quantised:
         message = f"{index.directory}: config.json declares FP8, but no tensor has a {SCALE_SUFFIX!r} scale"
         yield Problem("quantization", "", message)
 

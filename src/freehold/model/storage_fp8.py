@@ -39,16 +39,8 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def fp8_scheme(quantization: Mapping[str, Any] | None) -> Fp8Scheme | None:
-    """Parse config.json's quantization_config; None if there is none. Raises ConfigError for any other kind."""
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method", quantization.get("quant_algo"))
-    if method != "fp8":
-        raise ConfigError(
-            f"quantization_config: quant_method {method!r} is not supported; "
-            "use the BF16 or the FP8 (block-scaled E4M3) build of the checkpoint"
-        )
+def fp8_scheme(quantization: Mapping[str, Any]) -> Fp8Scheme:
+    """Parse a quantization_config of quant_method "fp8". Raises ConfigError for any other kind of FP8."""
     unknown = sorted(set(quantization) - _FP8_KEYS)
     if unknown:
         raise ConfigError(f"quantization_config: unknown key {unknown[0]!r}; refusing to guess what it changes")

@@ -28,8 +28,9 @@ from freehold.model.config import GlmConfig
 from freehold.model.random_tensors import RandomTensors
 from freehold.model.shards import plan_shards, shard_name, tensor_bytes, write_index
 from freehold.model.sizes import size_config
-from freehold.model.storage import stored_tensors
+from freehold.model.storage import quantization_scheme, stored_tensors
 from freehold.model.storage_fp8 import fp8_quantization
+from freehold.model.storage_groups import GroupScheme
 from freehold.model.tokenizer import TOY_RESERVED, Tokenizer
 
 MARKER_NAME = "freehold-tiny.json"  # says that this directory is ours to replace
@@ -92,6 +93,8 @@ def write_random_checkpoint(
     if fp8 and raw.get("quantization_config") is None:
         raw["quantization_config"] = fp8_quantization(GlmConfig.from_dict(raw))
     parsed = GlmConfig.from_dict(raw)
+    if isinstance(quantization_scheme(parsed.quantization), GroupScheme):
+        raise InvalidRequest("random checkpoints are BF16, FP16, FP32 or FP8; `freehold quantize` makes int8 and int4")
     tensors = list(stored_tensors(parsed))
     total = sum(map(tensor_bytes, tensors))
     path = Path(directory)
