@@ -15,6 +15,10 @@ PACKAGE = ROOT / "src" / "freehold"
 # unless its name is added here.
 TORCH = {
     "freehold.engine.batch",
+    "freehold.engine.bench.ceilings",
+    "freehold.engine.bench.profile",
+    "freehold.engine.bench.run",
+    "freehold.engine.bench.stored",
     "freehold.engine.loading",
     "freehold.engine.runner",
     "freehold.engine.sampler",
