@@ -58,7 +58,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure where an engine's time goes, beside what the machine could do."""
+    """Measure where an engine's time goes, beside the roofline."""
     from rich.console import Console
 
     from freehold.cli.progress import byte_progress

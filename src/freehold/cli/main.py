@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, str] = {
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
     "debug": "Name the first layer whose output differs from transformers'.",
-    "bench": "Measure where an engine's time goes, beside what the machine could do.",
+    "bench": "Measure where an engine's time goes, beside the roofline.",
 }
 
 FIRST_STEPS = """\
