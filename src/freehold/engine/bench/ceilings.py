@@ -1,7 +1,7 @@
 """What this machine can do: bytes read a second from memory, and FLOPs a second of a large matrix product.
 
-Measured by code that is not the engine's, with as many threads, and the best of several runs: a ceiling is what the
-machine reached once, not what it does on average.
+Measured by code that is not the engine's, with as many threads. Short pieces of work, each at its best of several runs:
+on a machine that also does something else, a long one would never be left alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from freehold.errors import InsufficientMemory
 from freehold.model.traffic import Ceilings
 
 _LEAST_BUFFER = 1 << 30
-_RUNS = 10
-_MATRIX = 2048  # rows and columns: 17 GFLOP a product, and its operands stay in the caches
+_PIECES = 16  # of the buffer, timed one by one: between two readings of a piece all the others go through the caches
+_PASSES = 8
+_MATRIX = 1024  # rows and columns: 2 GFLOP a product, and its operands stay in the caches
+_PRODUCTS = 40
 _CPUS = Path("/sys/devices/system/cpu")
 
 
@@ -43,7 +45,7 @@ def buffer_bytes() -> int:
 
 
 def measure_ceilings(threads: int, dtype: torch.dtype, num_bytes: int | None = None) -> Ceilings:
-    """Measure with `threads` threads; dtype is that of the matrix product. num_bytes: default buffer_bytes().
+    """Measure with up to `threads` threads; dtype is that of the product. num_bytes: default buffer_bytes().
 
     Raises InsufficientMemory if the buffer does not fit.
     """
@@ -53,22 +55,26 @@ def measure_ceilings(threads: int, dtype: torch.dtype, num_bytes: int | None = N
             f"measuring the memory's bandwidth takes a buffer of {size:,} bytes, and {available:,} are available"
         )
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    # With one thread as well: where others compete for the cores, several threads wait for each other.
     try:
-        buffer = torch.ones(size // 4, dtype=torch.float32)
-        read = 4 * buffer.numel() / _best(buffer.sum)
-        del buffer
-        left, right = (torch.randn(_MATRIX, _MATRIX).to(dtype) for _ in range(2))
-        return Ceilings(read, 2.0 * _MATRIX**3 / _best(lambda: left @ right))
+        found = [_measure(count, dtype, size) for count in sorted({1, threads})]
     finally:
         torch.set_num_threads(before)
+    return Ceilings(max(each.bytes_per_second for each in found), max(each.flops_per_second for each in found))
 
 
-def _best(work: Callable[[], object]) -> float:
-    """The least seconds of several runs, after one that is not counted."""
-    seconds = []
-    for _ in range(1 + _RUNS):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+def _measure(threads: int, dtype: torch.dtype, size: int) -> Ceilings:
+    torch.set_num_threads(threads)
+    buffer = torch.ones(size // 4, dtype=torch.float32)
+    pieces = torch.split(buffer, -(-buffer.numel() // _PIECES))
+    passes = [[_seconds(piece.sum) for piece in pieces] for _ in range(1 + _PASSES)][1:]
+    read = 4 * buffer.numel() / sum(map(min, zip(*passes, strict=True)))
+    left, right = (torch.randn(_MATRIX, _MATRIX).to(dtype) for _ in range(2))
+    products = [_seconds(lambda: left @ right) for _ in range(1 + _PRODUCTS)][1:]
+    return Ceilings(read, 2.0 * _MATRIX**3 / min(products))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
