@@ -227,6 +227,7 @@ def test_formats_of_what_is_loaded(nano: Path) -> None:
         (BenchOptions(contexts=(1 << 20,)), "--context 1048576"),
         (BenchOptions(prefills=(1 << 20,)), "--prefill 1048576"),
         (BenchOptions(batches=(0,)), "--batch 0"),
+        (BenchOptions(batches=(1025,)), "--batch 1025"),
         (BenchOptions(contexts=(), prefills=()), "nothing to measure"),
     ],
 )
@@ -237,7 +238,7 @@ def test_refusals(options: BenchOptions, message: str, nano: Path) -> None:
 
 def test_a_cache_that_does_not_fit_is_refused(nano: Path) -> None:
     with pytest.raises(InsufficientMemory):
-        bench_engine(nano, BenchOptions(contexts=(1_000_000,), batches=(2000,), prefills=()), silent)
+        bench_engine(nano, BenchOptions(contexts=(1_000_000,), batches=(1000,), prefills=()), silent)
 
 
 def test_ceilings_of_this_machine() -> None:

@@ -78,7 +78,7 @@ class BenchOptions:
         """Raise InvalidRequest for what this model cannot do."""
         for name, values, most in (
             ("context", self.contexts, config.max_position_embeddings - self.steps),
-            ("batch", self.batches, _SERVED.max_num_batched_tokens),
+            ("batch", self.batches, _SERVED.max_num_batched_tokens // 2),  # room for prompts beside those that decode
             ("prefill", self.prefills, config.max_position_embeddings - 1),
         ):
             wrong = next((value for value in values if not 1 <= value <= most), None)
@@ -257,12 +257,15 @@ class _Bench:
             self._engine.add(request)
             streams[request.request_id] = self._detokenizer(self._tokenizer)
         scheduler = self._engine.scheduler
+        steps = batch * (prompt // (self._engine.config.max_num_batched_tokens // 2) + 2)  # more than it can take
         with self._filling():
-            while scheduler.waiting or any(
-                request.num_computed_tokens < request.num_tokens - 1 for request in scheduler.running
-            ):
+            for _ in range(steps):
+                if not scheduler.waiting and all(
+                    request.num_computed_tokens == request.num_tokens - 1 for request in scheduler.running
+                ):
+                    return streams
                 self._step()
-        return streams
+        raise EngineError(f"{batch} requests of {prompt:,} tokens did not all start: the cache is too small for them")
 
     def _decode_step(self, streams: Mapping[str, Detokenizer], batch: int) -> None:
         chunks = self._step()
