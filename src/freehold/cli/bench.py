@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def bench(
     batch: Annotated[str, typer.Option(help="Decode with so many requests at a time.")] = "1",
     prefill: Annotated[str, typer.Option(help="Compute prompts of these lengths; '' for none.")] = "512",
     samples: Annotated[int, typer.Option(help="Steps measured for each figure.", min=3, max=10_000)] = 30,
+    quantize: QuantizeAs = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -70,6 +72,7 @@ def bench(
         prefills=parse_sizes("prefill", prefill),
         samples=samples,
         threads=threads,
+        quantize=None if quantize is None else quantize.value,
     )
     say = _say if sys.stderr.isatty() else lambda text: None
     with byte_progress(f"loading {directory.name}") as progress:

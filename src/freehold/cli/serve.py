@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def serve(
     ] = None,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
+    quantize: QuantizeAs = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     drain_timeout: DrainTimeout = 30.0,
     sim: Sim = False,
@@ -90,8 +92,10 @@ def serve(
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
-    if sim and (cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO or verify):
-        raise InvalidRequest("--cache-bytes, --threads, --dtype and --verify are for a model; --sim has none")
+    if sim and (cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO or verify or quantize):
+        raise InvalidRequest(
+            "--cache-bytes, --threads, --dtype, --quantize and --verify are for a model; --sim has none"
+        )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
@@ -113,7 +117,7 @@ def serve(
             sampling = SamplingDefaults()
         else:
             settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
-            settings["verify"] = verify
+            settings |= {"verify": verify, "quantize": None if quantize is None else quantize.value}
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
         template = _template(directory, profile)

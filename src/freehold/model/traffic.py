@@ -123,14 +123,14 @@ class Ceilings:
 def weight_formats(scheme: WeightFormat) -> dict[Matrix, WeightFormat]:
     """The format of every matrix when the model is stored or loaded as `scheme`.
 
-    Quantised models keep the embedding, the router and the indexer's head weights in bf16, and kv_b_proj, which
-    absorbed attention uses transposed and split by head. int4 keeps the head in int8, fp8 in bf16.
+    Quantised models keep the embedding, the router and the indexer's head weights in bf16. int4 keeps the head, the
+    indexer and kv_b_proj in int8, fp8 keeps the head in bf16.
     """
     formats: dict[Matrix, WeightFormat] = dict.fromkeys(MATRICES, scheme)
     if scheme in ("int8", "int4", "fp8"):
-        formats |= dict.fromkeys((*_NEVER_QUANTISED, "kv_b_proj"), "bf16")
+        formats |= dict.fromkeys(_NEVER_QUANTISED, "bf16")
     if scheme == "int4":
-        formats["lm_head"] = "int8"
+        formats |= dict.fromkeys(("lm_head", "indexer.wq_b", "indexer.wk", "kv_b_proj"), "int8")
     if scheme == "fp8":
         formats["lm_head"] = "bf16"
     return formats

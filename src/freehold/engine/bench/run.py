@@ -37,6 +37,7 @@ from freehold.errors import EngineError, InvalidRequest
 from freehold.model.cache_layout import IndexFormat, LatentFormat, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.ops.native import DEFAULT_THREADS
+from freehold.model.packing import Quantize
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.traffic import (
     Ceilings,
@@ -61,13 +62,14 @@ _SEED = 0
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """contexts × batches are decoded; each of prefills is a prompt. samples: steps of each kind, plain and profiled; a
-    prompt is computed a tenth as often (at least 3 times). threads: default one a core."""
+    prompt is computed a tenth as often (at least 3 times). threads: default one a core. quantize: of the weights."""
 
     contexts: Sequence[int] = (128, 4096)
     batches: Sequence[int] = (1,)
     prefills: Sequence[int] = (512,)
     samples: int = 30
     threads: int | None = None
+    quantize: Quantize | None = None
 
     @property
     def steps(self) -> int:
@@ -152,6 +154,7 @@ def _engine_options(config: GlmConfig, options: BenchOptions) -> EngineOptions:
         max_num_seqs=max(batch, _SERVED.max_num_seqs),
         block_size=size,
         threads=options.threads,
+        quantize=options.quantize,
     )
 
 

@@ -63,7 +63,7 @@ def _matrices(layer: DecoderLayer) -> list[tuple[Matrix, Any]]:
         ("q_a_proj", attention.q_a_proj.weight),
         ("q_b_proj", attention.q_b_proj.weight),
         ("kv_a_proj_with_mqa", attention.kv_a_proj_with_mqa.weight),
-        ("kv_b_proj", attention.kv_b_proj.weight),
+        ("kv_b_proj", getattr(attention.kv_b_proj.weight, "up_value", attention.kv_b_proj.weight)),
         ("o_proj", attention.o_proj.weight),
     ]
     if attention.indexer is not None:
