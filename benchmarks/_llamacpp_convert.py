@@ -7,6 +7,7 @@ with it). Needs torch and transformers.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 def main() -> None:
     source, checkpoint, output = sys.argv[1:]
     sys.path[:0] = [source, str(Path(source) / "gguf-py")]
-    import convert_hf_to_gguf  # type: ignore[import-not-found]
-    from conversion.base import TextModel  # type: ignore[import-not-found]
+    converter: Any = importlib.import_module("convert_hf_to_gguf")  # files of that source, not a dependency of ours
+    base: Any = importlib.import_module("conversion.base")
 
     def glm4(_self: Any, _tokenizer: Any) -> str:
         return "glm4"
 
-    TextModel.get_vocab_base_pre = glm4
+    base.TextModel.get_vocab_base_pre = glm4
     sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outtype", "bf16", "--no-mtp", "--outfile", output]
-    convert_hf_to_gguf.main()
+    converter.main()
 
 
 if __name__ == "__main__":

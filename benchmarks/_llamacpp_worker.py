@@ -8,6 +8,7 @@ Each line is {"do": name, ...arguments}; each answer a line too: {"ok": ...} or 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import sys
@@ -26,9 +27,7 @@ def load_api(package: str) -> Any:
     module = types.ModuleType("llama_cpp")
     module.__path__ = [package]
     sys.modules["llama_cpp"] = module
-    from llama_cpp import llama_cpp  # type: ignore[import-not-found]
-
-    return llama_cpp
+    return importlib.import_module("llama_cpp.llama_cpp")  # found by its path: not a dependency of ours
 
 
 class Worker:
