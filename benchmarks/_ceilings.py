@@ -7,11 +7,13 @@ implementation has to read once a step, and multiplications it has to do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 
 
@@ -52,12 +54,13 @@ def decode_bytes(model: Glm, context: int) -> int:
     that a token chooses, and the cache rows of the index keys and of the selection. One row of the embedding and the
     activations are left out, and below index_topk what only the selection would need."""
     config = model.config
+    chosen = config.num_experts_per_tok / config.n_routed_experts
     total = 0.0
-    for name, share in _shares(model).items():
-        if context <= config.index_topk and ".indexer." in name and (".wq_b" in name or ".weights_proj" in name):
+    for name, tensor in _weights(model):
+        selects = ".indexer." in name and (".wq_b" in name or ".weights_proj" in name)
+        if name.startswith(("embed_tokens", "mtp.")) or (selects and context <= config.index_topk):
             continue
-        tensor = model.get_parameter(name) if name in dict(model.named_parameters()) else model.get_buffer(name)
-        total += share * tensor.numel() * tensor.element_size()
+        total += (chosen if ".experts." in name else 1.0) * tensor.numel() * tensor.element_size()
     selected = min(context, config.index_topk)
     total += config.num_hidden_layers * selected * config.latent_dim * model.dtype.itemsize
     if context > config.index_topk:
@@ -65,30 +68,32 @@ def decode_bytes(model: Glm, context: int) -> int:
     return round(total)
 
 
-def prefill_operations(model: Glm, length: int) -> int:
+def _weights(model: Glm) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a module holds: parameters, buffers and plain attributes (packed weights are those)."""
+    for path, module in model.named_modules():
+        attributes = ((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+            *attributes,
+        ):
+            yield f"{path}.{name}".removeprefix("."), tensor
+
+
+def prefill_operations(config: GlmConfig, length: int) -> int:
     """Operations (2 a multiply-add) of a prompt of at most index_topk tokens: matrices, of the experts only those
-    chosen, the head once, and causal attention with per-head keys and values. Only for bf16 weights: quantised ones
-    have other shapes."""
-    config = model.config
+    chosen, the head once, and causal attention with per-head keys and values."""
     if length > config.index_topk:
         raise ValueError(f"counted up to index_topk, {config.index_topk} tokens only")
-    matrices = 0.0
-    for name, share in _shares(model).items():
-        parameter = model.get_parameter(name)
-        if parameter.dim() < 2 or "lm_head" in name or (".indexer." in name and ".wk." not in name):
-            continue
-        matrices += share * parameter.numel()
-    pairs = length * (length + 1) // 2
-    per_pair = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    head = model.lm_head.weight.numel()
-    return round(2 * (length * matrices + head + config.num_hidden_layers * pairs * per_pair))
-
-
-def _shares(model: Glm) -> dict[str, float]:
-    """Names of the tensors a token's step needs, and which share of each."""
-    config = model.config
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    chosen = config.num_experts_per_tok / config.n_routed_experts
-    return {
-        name: chosen if ".experts." in name else 1.0 for name in names if not name.startswith(("embed_tokens", "mtp."))
-    }
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    query = config.q_lora_rank * (hidden + heads * config.qk_head_dim)
+    latent = hidden * config.latent_dim + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    attention = query + latent + heads * config.v_head_dim * hidden
+    experts = config.num_experts_per_tok + config.n_shared_experts
+    moe = hidden * (3 * experts * config.moe_intermediate_size + config.n_routed_experts)
+    dense = 3 * hidden * config.intermediate_size
+    sparse = sum(kind == "sparse" for kind in config.mlp_layer_types)
+    index_keys = len(config.full_layers) * hidden * config.index_head_dim
+    matrices = layers * attention + sparse * moe + (layers - sparse) * dense + index_keys
+    pairs = length * (length + 1) // 2 * heads * (config.qk_head_dim + config.v_head_dim)
+    return 2 * (length * matrices + hidden * config.vocab_size + layers * pairs)

@@ -68,10 +68,10 @@ def build(directory: Path = PEERS) -> Install:
     return install
 
 
-def convert(install: Install, checkpoint: Path, output: Path) -> None:
-    """Write `checkpoint` as a BF16 GGUF file without its MTP layer."""
+def convert(install: Install, checkpoint: Path, output: Path, kind: str) -> None:
+    """Write `checkpoint` as a GGUF file without its MTP layer. kind: bf16 or f32."""
     script = _HERE / "_llamacpp_convert.py"
-    _run([sys.executable, str(script), str(install.source), str(checkpoint), str(output)])
+    _run([sys.executable, str(script), str(install.source), str(checkpoint), str(output), kind])
 
 
 def _run(command: list[str], env: dict[str, str] | None = None) -> None:

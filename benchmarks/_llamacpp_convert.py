@@ -1,4 +1,4 @@
-"""Runs llama.cpp's own converter: `python _llamacpp_convert.py LLAMA.CPP-SOURCE CHECKPOINT OUTPUT.gguf`.
+"""Runs llama.cpp's own converter: `python _llamacpp_convert.py LLAMA.CPP-SOURCE CHECKPOINT OUTPUT.gguf TYPE`.
 
 The converter recognises a tokenizer by a hash of what it makes of a test string, and knows no made-up one. Ours splits
 text as GLM-4's does, so it is told so; nothing else is changed. The MTP layer is left out (neither engine is timed
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    source, checkpoint, output = sys.argv[1:]
+    source, checkpoint, output, kind = sys.argv[1:]
     sys.path[:0] = [source, str(Path(source) / "gguf-py")]
     converter: Any = importlib.import_module("convert_hf_to_gguf")  # files of that source, not a dependency of ours
     base: Any = importlib.import_module("conversion.base")
@@ -23,7 +23,7 @@ def main() -> None:
         return "glm4"
 
     base.TextModel.get_vocab_base_pre = glm4
-    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outtype", "bf16", "--no-mtp", "--outfile", output]
+    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outtype", kind, "--no-mtp", "--outfile", output]
     converter.main()
 
 

@@ -69,14 +69,18 @@ class Worker:
             "system": self.api.llama_print_system_info().decode(),
         }
 
-    def open(self, cells: int, sequences: int, ubatch: int, flash: bool, unified: bool, threads: int) -> None:
-        """A new, empty context; frees the former. cells: for all sequences together."""
+    def open(
+        self, cells: int, sequences: int, ubatch: int, flash: bool, unified: bool, threads: int, exact: bool = False
+    ) -> None:
+        """A new, empty context; frees the former. cells: for all sequences together. exact: its caches are f32."""
         self._free_context()
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = cells, BATCH, ubatch
         params.n_seq_max, params.kv_unified = sequences, unified
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = int(flash)
+        if exact:
+            params.type_k = params.type_v = self.api.GGML_TYPE_F32
         self.context = self.api.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError(f"no context of {cells} cells, flash attention {flash}, ubatch {ubatch}")

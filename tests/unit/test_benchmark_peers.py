@@ -16,6 +16,7 @@ from _llamacpp_state import grow
 
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
+from freehold.model.sizes import size_config
 from freehold.model.tiny import make_tiny
 
 
@@ -80,29 +81,35 @@ def test_a_filled_cache_is_taken_for_computed_and_read(nano: Path) -> None:
 
 def test_bytes_and_operations_are_those_of_the_architecture(nano: Path) -> None:
     config = GlmConfig.from_file(nano)
+    topk = config.index_topk
     model = Glm(config, device="meta")
-    hidden, heads, topk = config.hidden_size, config.num_attention_heads, config.index_topk
-    attention = (
-        hidden * config.q_lora_rank + config.q_lora_rank * heads * config.qk_head_dim + hidden * config.latent_dim
-        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        + heads * config.v_head_dim * hidden
-    )  # fmt: skip
-    sparse = sum(kind == "sparse" for kind in config.mlp_layer_types)
-    expert = 3 * hidden * config.moe_intermediate_size
-    moe = (config.num_experts_per_tok + config.n_shared_experts) * expert + config.n_routed_experts * hidden
-    dense = 3 * hidden * config.intermediate_size
-    keys = len(config.full_layers) * hidden * config.index_head_dim
-    matrices = config.num_hidden_layers * attention + sparse * moe + (config.num_hidden_layers - sparse) * dense + keys
-    head = hidden * config.vocab_size
-    pairs = config.num_hidden_layers * heads * (config.qk_head_dim + config.v_head_dim) * topk * (topk + 1) // 2
-    assert prefill_operations(model, topk) == 2 * (topk * matrices + head + pairs)
+    # What `prefill_operations` counts from the configuration is what the parameters of the model say.
+    chosen = config.num_experts_per_tok / config.n_routed_experts
+    matrices = sum(
+        parameter.numel() * (chosen if ".experts." in name else 1)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+        and not name.startswith(("embed_tokens", "mtp.", "lm_head"))
+        and not name.endswith((".wq_b.weight", ".weights_proj.weight"))
+    )
+    head = config.hidden_size * config.vocab_size
+    pairs = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * topk * (topk + 1) // 2
+    assert prefill_operations(config, topk) == 2 * (topk * matrices + head + config.num_hidden_layers * pairs)
     with pytest.raises(ValueError, match="index_topk"):
-        prefill_operations(model, topk + 1)
+        prefill_operations(config, topk + 1)
     shallow, deep = decode_bytes(model, topk), decode_bytes(model, 1000)
     norms = shallow - 2 * (matrices + head + config.num_hidden_layers * topk * config.latent_dim)
     assert 0 < norms < 0.02 * shallow  # norms and router biases
-    queries = config.index_n_heads * (config.q_lora_rank * config.index_head_dim + hidden)
+    queries = config.index_n_heads * (config.q_lora_rank * config.index_head_dim + config.hidden_size)
     assert deep - shallow == 2 * len(config.full_layers) * (queries + 1000 * config.index_head_dim)
+
+
+def test_bytes_of_weights_that_are_attributes_count() -> None:
+    config = GlmConfig.from_dict(size_config("nano"))
+    model = Glm(config, device="meta")
+    before = decode_bytes(model, 1)
+    model.layers[0].self_attn.packed = torch.empty(1000, dtype=torch.uint8)
+    assert decode_bytes(model, 1) - before == 1000
 
 
 def test_prompts_have_no_special_tokens(nano: Path) -> None:
