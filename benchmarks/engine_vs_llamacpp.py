@@ -65,7 +65,7 @@ ROOFLINE_BARS = {
 }
 # What must agree: see `agree_exactly` and `agree`. In bf16 a deeper model drifts further; another model is off by 1.
 EXACT_TOP1, EXACT_DIFFERENCE = 0.98, 1e-4
-BF16_TOKENS, BF16_TOP1, BF16_DIFFERENCE = 200, {"nano": 0.8, "small": 0.9, "medium": 0.7}, 0.2
+BF16_TOKENS, BF16_TOP1, BF16_DIFFERENCE = 200, {"nano": 0.8, "small": 0.8, "medium": 0.7}, 0.2
 
 
 @dataclass
@@ -226,7 +226,7 @@ def agree_exactly(report: Report, install: Install, peer: Peer, models: Path, th
 
 def agree(run: Run, report: Report, size: str) -> None:
     """Logits of every position of a prompt, as they are timed in bf16: within index_topk they must agree. Beyond it
-    near ties, which the two caches' number formats break differently, decide what is attended to, so that is only shown.
+    near ties, which the two caches' number formats break differently, decide what is attended to, so that is shown only.
 
     Rows where rounding chose another expert differ much, so it is the median row that counts, and the share of rows
     with the same top token.
