@@ -226,7 +226,7 @@ def agree_exactly(report: Report, install: Install, peer: Peer, models: Path, th
 
 def agree(run: Run, report: Report, size: str) -> None:
     """Logits of every position of a prompt, as they are timed in bf16: within index_topk they must agree. Beyond it
-    near ties, which the two caches' number formats break differently, decide what is attended to, so that is shown only.
+    near ties, which the two caches' number formats break differently, decide what is attended to, so it is only shown.
 
     Rows where rounding chose another expert differ much, so it is the median row that counts, and the share of rows
     with the same top token.
