@@ -50,7 +50,8 @@ class Ours:
         self.engine, _ = build_engine(directory, options)
         # What the runner was given: the benchmark fills the one and compares the logits of the other.
         runner: Any = self.engine.runner
-        self.model, self.cache = runner._model, runner._cache
+        self.model = runner.model if hasattr(runner, "model") else runner._model
+        self.cache = runner.cache if hasattr(runner, "cache") else runner._cache
         self.vocabulary = self.engine.config.vocab_size
         self._number = count()
 
