@@ -14,8 +14,7 @@ process and its lock with it. Also reported, and free of the machine's noise: th
 `--threads` is the compute threads of both engines. By default one core is left to the event loop and the clients:
 what clients cost is not the server's overhead, but with no core to run on they would take one from the engine.
 Every stream must have as many tokens as asked, in about as many events. Most texts must be those of the engine alone;
-not all, for the eight requests do not arrive in the same step, and in bf16 a prompt's values depend on the chunk that it
-is computed in.
+not all, for the eight requests do not arrive in the same step, and in bf16 a prompt's values depend on its chunks.
 """
 
 from __future__ import annotations
