@@ -259,9 +259,8 @@ def evaluate(report: Report, subjects: list[Subject], contexts: tuple[int, ...],
     every, shared = subjects
     glm = closed_form((SHORT, *contexts))
     print(f"{rate / 1e9:.1f} GB/s. Times of a step in ms (freq 1 / freq 4), and their ratio:")
-    print(
-        f"{'context':>10} {'measured':>17} {'':>6} {'calibrated':>17} {'':>6} {'bytes alone':>17} {'':>6} {'GLM-5.2':>8}"
-    )
+    columns = "".join(f"{name:>18}        " for name in ("measured", "calibrated", "bytes alone"))
+    print(f"{'context':>10} {columns}  GLM-5.2")
     rows = []
     for context in (SHORT, *contexts):
         pairs = {"measured": (every.time(context), shared.time(context))}

@@ -154,23 +154,53 @@ int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64_t x_he
   });
 }
 
+namespace {
+
+// Calls emit(row, rope, room) for each row, normed: what is left is to rotate it. room: for `size` values.
+template <class Emit>
+void each_cache_row(Context& c, const freehold::NormArgs& norm, const freehold::RopeArgs& rope, int64_t rows,
+                    Emit emit) {
+  const int64_t size = rope.size, normed = norm.size;
+  c.prepare(size * 4 + 64);
+  c.ranges(rows, 1, size * 8, [&](int64_t begin, int64_t end, int worker) {
+    bf16* values = reinterpret_cast<bf16*>(c.scratch(worker));
+    freehold::RopeArgs one = rope;
+    one.x = values;
+    for (int64_t row = begin; row < end; ++row) {
+      c.kernels.norm(norm, row, values);
+      std::memcpy(values + normed, norm.x + row * norm.x_row + normed, size_t(size - normed) * 2);
+      // One row at a time from its own buffer, hence the tables are moved to the row.
+      one.cos = rope.cos + row * (rope.dims / 2), one.sin = rope.sin + row * (rope.dims / 2);
+      emit(row, one, values + size);
+    }
+  });
+}
+
+}  // namespace
+
 int fh_write(void* context, void* cache, int64_t cache_row, const int64_t* slots, const void* x, int64_t x_row,
              int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
              int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
   return call(context, [&](Context& c) {
-    c.prepare(size * 2);
     const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
                                   static_cast<const bf16*>(bias), normed, eps};
-    c.ranges(rows, 1, size * 8, [&](int64_t begin, int64_t end, int worker) {
-      bf16* row_values = reinterpret_cast<bf16*>(c.scratch(worker));
-      for (int64_t row = begin; row < end; ++row) {
-        c.kernels.norm(norm, row, row_values);
-        std::memcpy(row_values + normed, norm.x + row * x_row + normed, size_t(size - normed) * 2);
-        // One row at a time from its own buffer, hence the tables are moved to the row.
-        const freehold::RopeArgs rope{row_values, 0, 0, 1, size, first, dims, cos + row * (dims / 2),
-                                      sin + row * (dims / 2), interleaved != 0};
-        c.kernels.rope(rope, 0, static_cast<bf16*>(cache) + slots[row] * cache_row, 0);
-      }
+    const freehold::RopeArgs rope{nullptr, 0, 0, 1, size, first, dims, cos, sin, interleaved != 0};
+    each_cache_row(c, norm, rope, rows, [&](int64_t row, const freehold::RopeArgs& one, bf16*) {
+      c.kernels.rope(one, 0, static_cast<bf16*>(cache) + slots[row] * cache_row, 0);
+    });
+  });
+}
+
+int fh_write8(void* context, void* values, int64_t values_row, float* scales, const int64_t* slots, const void* x,
+              int64_t x_row, int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias,
+              float eps, int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
+  return call(context, [&](Context& c) {
+    const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
+                                  static_cast<const bf16*>(bias), normed, eps};
+    const freehold::RopeArgs rope{nullptr, 0, 0, 1, size, first, dims, cos, sin, interleaved != 0};
+    each_cache_row(c, norm, rope, rows, [&](int64_t row, const freehold::RopeArgs& one, bf16* rotated) {
+      c.kernels.rope(one, 0, rotated, 0);
+      scales[slots[row]] = c.kernels.quantise(rotated, size, static_cast<uint8_t*>(values) + slots[row] * values_row);
     });
   });
 }

@@ -20,6 +20,7 @@ TORCH = {
     "freehold.engine.sampler",
     "freehold.model.cache",
     "freehold.model.glm",
+    "freehold.model.index_keys",
     "freehold.model.indexer",
     "freehold.model.inputs",
     "freehold.model.layers",

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 """Must equal kInterfaceVersion in native/api.h."""
 
 ISAS = ("avx512bf16", "avx512", "avx2")
@@ -32,14 +32,15 @@ _SIGNATURES = {
     "norm": "p pll l p p f",
     "rope": "p pll l l l l l p p i",
     "write": "pl p pl l l l p p f l l p p i",
-    "select": "pl pll pl l l l pl p l l l",
+    "write8": "plp p pl l l l p p f l l p p i",
+    "select": "pl pll pl l l l plp p l l l",
     "attend": "p pll l l pl l l p l l l f",
     "absorb": "p pll l l l l pl l l",
     "unabsorb": "p p l l l l l pl",
 }
 
 # Calls of a few microseconds keep the interpreter lock: giving it up and asking for it back would cost more.
-_SHORT = frozenset({"norm", "rope", "write", "route", "absorb", "unabsorb"})
+_SHORT = frozenset({"norm", "rope", "write", "write8", "route", "absorb", "unabsorb"})
 
 
 class NativeUnavailable(Exception):
@@ -107,6 +108,7 @@ class Native:
         self.norm = bind("norm")
         self.rope = bind("rope")
         self.write = bind("write")
+        self.write8 = bind("write8")
         self.select = bind("select")
         self.attend = bind("attend")
         self.absorb = bind("absorb")
