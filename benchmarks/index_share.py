@@ -31,30 +31,23 @@ from typing import Any
 
 import torch
 from _common import Report, arguments
+from _engines import assemble
 from _index_share_plot import draw, peers_growth
 
 from freehold.engine.block_manager import BlockTable
-from freehold.engine.engine import Engine, EngineConfig
-from freehold.engine.guide import GuideCompiler
-from freehold.engine.loading import EngineOptions, load_model
+from freehold.engine.engine import Engine
 from freehold.engine.request import Request
-from freehold.engine.runner import ModelRunner
-from freehold.engine.sampler import Sampler
-from freehold.model.cache import PagedCache, cache_bytes_per_token
+from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inspect import published_config
 from freehold.model.sizes import size_config
-from freehold.model.tiny import write_random_checkpoint
-from freehold.model.tokenizer import Tokenizer
 from freehold.types import SamplingParams
 
 LAYERS = 18
 FREQS = (1, 4)
 SHORT = 512
 CONTEXTS = (16_384, 65_536, 262_144, 1_048_576)
-BLOCK = 64
-SPARE_BLOCKS = 16  # for the tokens that are generated
 _FILL = 65_536  # rows made at a time; the latents repeat after so many
 _STREAM_BYTES = 1 << 29
 
@@ -143,26 +136,6 @@ class Subject:
         return median(self.steps[context])
 
 
-def build(directory: Path, freq: int, tokens: int, threads: int) -> Subject:
-    write_random_checkpoint(share_config(freq), directory, seed=0)
-    config = GlmConfig.from_file(directory)
-    model = load_model(directory, config, EngineOptions(threads=threads))
-    blocks = -(-tokens // BLOCK) + SPARE_BLOCKS
-    cache = PagedCache(config, blocks, BLOCK, model.dtype)
-    guides = GuideCompiler(Tokenizer.from_dir(directory), config.eos_token_ids)
-    sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
-    engine_config = EngineConfig(
-        model_name=f"freq-{freq}",
-        max_model_len=config.max_position_embeddings,
-        num_blocks=blocks,
-        block_size=BLOCK,
-        eos_token_ids=config.eos_token_ids,
-        vocab_size=config.vocab_size,
-        cache_bytes_per_token=cache_bytes_per_token(config, model.dtype),
-    )
-    return Subject(freq, model, cache, Engine(engine_config, ModelRunner(model, cache, sampler)))
-
-
 def fill(subject: Subject, tokens: int, seed: int) -> None:
     """Random index keys and latents for the first `tokens` slots: unit normal, as LayerNorm and RMSNorm leave them.
 
@@ -171,7 +144,7 @@ def fill(subject: Subject, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for keys in subject.cache.index:
         for first in range(0, tokens if keys is not None else 0, _FILL):
-            assert keys is not None
+            assert isinstance(keys, torch.Tensor)
             part = keys[first : min(first + _FILL, tokens)]
             part.copy_(torch.empty(part.shape).normal_(generator=generator))
     for latents in subject.cache.latent:
@@ -290,7 +263,10 @@ def main() -> int:
     contexts = CONTEXTS[:2] if args.quick else CONTEXTS
     report = Report("index_share", args.quick)
     with tempfile.TemporaryDirectory() as directory:
-        subjects = [build(Path(directory, str(freq)), freq, contexts[-1], args.threads) for freq in FREQS]
+        subjects = []
+        for freq in FREQS:
+            parts = assemble(share_config(freq), Path(directory, str(freq)), contexts[-1], args.threads)
+            subjects.append(Subject(freq, parts.model, parts.cache, parts.engine))
         print(f"filling the caches of {contexts[-1]:,} tokens", flush=True)
         fill(subjects[0], contexts[-1], seed=1)
         share_latents(*subjects)
