@@ -57,6 +57,8 @@ Faults = Annotated[
     ),
 ]
 
+_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache and --verify"
+
 
 def serve(
     directory: Annotated[Path | None, typer.Argument(help="A checkpoint directory.", show_default=False)] = None,
@@ -99,11 +101,9 @@ def serve(
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
-    changed = cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO
-    if sim and (changed or verify or index_cache is not IndexCache.AUTO):
-        raise InvalidRequest(
-            "--cache-bytes, --threads, --dtype, --index-cache and --verify are for a model; --sim has none"
-        )
+    for_model = verify or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
+    if sim and (for_model or cache_bytes is not None or threads is not None):
+        raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
@@ -128,11 +128,10 @@ def serve(
             settings |= {"verify": verify, "index_cache": index_cache.value}
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
-        template = _template(directory, profile)
         state = server.build_state(
             engine,
             tokenizer,
-            template,
+            _template(directory, profile),
             model_names=names,
             sampling=sampling,
             api_keys=keys,
