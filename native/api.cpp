@@ -1,9 +1,12 @@
-// The library's entry, projections, norms and rotary embedding: how each call is cut into parts for the threads.
+// The library's entry, and the calls for products with weights, norms and rotary embedding.
 #include "api.h"
 
 #include <cstring>
 
+#include "attend.h"
 #include "call.h"
+#include "layers.h"
+#include "products.h"
 
 namespace {
 
@@ -12,7 +15,6 @@ using freehold::call;
 using freehold::Context;
 using freehold::Kernels;
 using freehold::kRows;
-using freehold::smaller;
 
 const Kernels* table_of(const char* isa) {
   __builtin_cpu_init();
@@ -44,90 +46,61 @@ void* fh_create(int threads, const char* isa) {
 
 void fh_destroy(void* context) { delete static_cast<Context*>(context); }
 
-namespace {
-
-struct Linear {
-  Context& c;
-  int kind;
-  void* out;
-  int64_t out_row;
-  const void* x;
-  int64_t x_row;
-  const void* weight;
-  int64_t weight_row, outputs, inner;
-  const void* bias;
-
-  int64_t in_size() const { return kind == 2 ? 4 : 2; }
-  int64_t out_size() const { return kind == 0 ? 2 : 4; }
-  void addresses(int64_t row, int64_t n, const void** xs, void** outs) const {
-    for (int64_t m = 0; m < n; ++m) {
-      xs[m] = static_cast<const char*>(x) + (row + m) * x_row * in_size();
-      outs[m] = static_cast<char*>(out) + (row + m) * out_row * out_size();
-    }
-  }
-  freehold::LinearArgs args(int64_t n, const void* const* xs, void* const* outs) const {
-    return {weight, weight_row, inner, xs, outs, n, bias, kind == 2, kind != 0};
-  }
-
-  // Every weight is read once; threads take outputs.
-  void few(int64_t rows) const {
-    const void* xs[kRows];
-    void* outs[kRows];
-    addresses(0, rows, xs, outs);
-    const auto a = args(rows, xs, outs);
-    const int64_t cost = inner * in_size() * (1 + rows / 4);
-    c.ranges(outputs, 16, cost, [&](int64_t first, int64_t last, int) { c.kernels.linear(a, first, last); });
-  }
-  // The sums of few(), for any number of rows; threads take rows.
-  void blocks(int64_t rows) const {
-    c.ranges(rows, kRows, outputs * inner / 2, [&](int64_t first, int64_t last, int) {
-      for (int64_t row = first; row < last; row += kRows) {
-        const void* xs[kRows];
-        void* outs[kRows];
-        const int64_t n = smaller(kRows, last - row);
-        addresses(row, n, xs, outs);
-        c.kernels.linear(args(n, xs, outs), 0, outputs);
-      }
-    });
-  }
-  void many(int64_t rows) const {
-    char* memory = c.shared.get(rows * 2 * int64_t(sizeof(void*)));
-    auto** xs = reinterpret_cast<const void**>(memory);
-    auto** outs = reinterpret_cast<void**>(memory + rows * sizeof(void*));
-    addresses(0, rows, xs, outs);
-    c.prepare(freehold::gemm_scratch(inner));
-    freehold::each_tile(c, rows, outputs, 2 * c.kernels.lanes,
-                        [&](int64_t row, int64_t n, int64_t first, int64_t last, int worker) {
-                          c.kernels.gemm(args(n, xs + row, outs + row), first, last,
-                                         reinterpret_cast<bf16*>(c.scratch(worker)));
-                        });
-  }
-};
-
-}  // namespace
-
-int fh_linear(void* context, int kind, void* out, int64_t out_row, const void* x, int64_t x_row, int64_t rows,
-              const void* weight, int64_t weight_row, int64_t outputs, int64_t inner, const void* bias) {
+int fh_product(void* context, void* out, int64_t out_row, int out_fp32, const void* x, int64_t x_row, int64_t rows,
+               const freehold::Matrix* weight, const void* bias) {
   return call(context, [&](Context& c) {
-    const Linear linear{c, kind, out, out_row, x, x_row, weight, weight_row, outputs, inner, bias};
-    if (rows <= kRows) return linear.few(rows);
-    if (kind == 0) return linear.many(rows);
-    linear.blocks(rows);
+    const bf16* few[kRows];
+    void* few_outs[kRows];
+    const bf16** xs = few;
+    void** outs = few_outs;
+    if (rows > kRows) {
+      char* memory = c.shared.get(rows * 2 * int64_t(sizeof(void*)));
+      xs = reinterpret_cast<const bf16**>(memory);
+      outs = reinterpret_cast<void**>(memory + rows * sizeof(void*));
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      xs[m] = static_cast<const bf16*>(x) + m * x_row;
+      outs[m] = static_cast<char*>(out) + m * out_row * (out_fp32 ? 4 : 2);
+    }
+    freehold::any_product(c, {weight, xs, outs, rows, static_cast<const bf16*>(bias), out_fp32 != 0});
   });
 }
 
-int fh_route(void* context, int64_t* ids, float* weights, const void* x, int64_t x_row, int64_t rows,
-             const void* weight, int64_t weight_row, int64_t inner, const float* bias, int64_t experts, int64_t top_k,
-             int normalise, float scale) {
+int fh_swiglu(void* context, void* out, const void* x, int64_t x_row, int64_t rows, const freehold::Matrix* gate,
+              const freehold::Matrix* up, const freehold::Matrix* down) {
   return call(context, [&](Context& c) {
-    c.prepare((kRows + 1) * experts * 4 + 64);
-    const freehold::RouteArgs args{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight), weight_row,
-                                   inner, bias, experts, top_k, normalise != 0, scale};
-    c.ranges(rows, kRows, experts * inner / 2, [&](int64_t first, int64_t last, int worker) {
-      for (int64_t row = first; row < last; row += kRows)
-        c.kernels.route(args, row, smaller(row + kRows, last), ids, weights,
-                        reinterpret_cast<float*>(c.scratch(worker)));
-    });
+    freehold::swiglu(c, {gate, up, down}, static_cast<bf16*>(out), static_cast<const bf16*>(x), x_row, rows);
+  });
+}
+
+int fh_experts(void* context, void* out, const void* x, int64_t x_row, int64_t rows, const int64_t* ids,
+               const float* weights, int64_t top_k, int64_t experts, int64_t width, const freehold::Matrix* gate_up,
+               const freehold::Matrix* down) {
+  return call(context, [&](Context& c) {
+    freehold::experts(c, {static_cast<bf16*>(out), static_cast<const bf16*>(x), x_row, rows, ids, weights, top_k,
+                          experts, width, gate_up, down});
+  });
+}
+
+int fh_route(void* context, int64_t* ids, float* weights, float* scores, int64_t rows, const float* bias,
+             int64_t experts, int64_t top_k, int normalise, float scale) {
+  return call(context, [&](Context& c) {
+    freehold::route(c, {bias, experts, top_k, normalise != 0, scale}, scores, rows, ids, weights);
+  });
+}
+
+int fh_absorb(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
+              int64_t heads, int64_t rope, const freehold::Matrix* up_key) {
+  return call(context, [&](Context& c) {
+    freehold::absorb(c, static_cast<bf16*>(out), static_cast<const bf16*>(query), query_row, query_head, rows, heads,
+                     rope, *up_key);
+  });
+}
+
+int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows, int64_t heads,
+                const freehold::Matrix* up_value) {
+  return call(context, [&](Context& c) {
+    freehold::unabsorb(c, static_cast<bf16*>(out), static_cast<const bf16*>(mixed), rows, heads, *up_value);
   });
 }
 
@@ -154,53 +127,22 @@ int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64_t x_he
   });
 }
 
-namespace {
-
-// Calls emit(row, rope, room) for each row, normed: what is left is to rotate it. room: for `size` values.
-template <class Emit>
-void each_cache_row(Context& c, const freehold::NormArgs& norm, const freehold::RopeArgs& rope, int64_t rows,
-                    Emit emit) {
-  const int64_t size = rope.size, normed = norm.size;
-  c.prepare(size * 4 + 64);
-  c.ranges(rows, 1, size * 8, [&](int64_t begin, int64_t end, int worker) {
-    bf16* values = reinterpret_cast<bf16*>(c.scratch(worker));
-    freehold::RopeArgs one = rope;
-    one.x = values;
-    for (int64_t row = begin; row < end; ++row) {
-      c.kernels.norm(norm, row, values);
-      std::memcpy(values + normed, norm.x + row * norm.x_row + normed, size_t(size - normed) * 2);
-      // One row at a time from its own buffer, hence the tables are moved to the row.
-      one.cos = rope.cos + row * (rope.dims / 2), one.sin = rope.sin + row * (rope.dims / 2);
-      emit(row, one, values + size);
-    }
-  });
-}
-
-}  // namespace
-
-int fh_write(void* context, void* cache, int64_t cache_row, const int64_t* slots, const void* x, int64_t x_row,
+int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x, int64_t x_row,
              int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
              int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
   return call(context, [&](Context& c) {
     const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
                                   static_cast<const bf16*>(bias), normed, eps};
-    const freehold::RopeArgs rope{nullptr, 0, 0, 1, size, first, dims, cos, sin, interleaved != 0};
-    each_cache_row(c, norm, rope, rows, [&](int64_t row, const freehold::RopeArgs& one, bf16*) {
-      c.kernels.rope(one, 0, static_cast<bf16*>(cache) + slots[row] * cache_row, 0);
-    });
+    freehold::write_rows(
+        c, norm, {cache, cache_row, scales, slots, rows, size, first, dims, cos, sin, interleaved != 0});
   });
 }
 
-int fh_write8(void* context, void* values, int64_t values_row, float* scales, const int64_t* slots, const void* x,
-              int64_t x_row, int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias,
-              float eps, int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
-  return call(context, [&](Context& c) {
-    const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
-                                  static_cast<const bf16*>(bias), normed, eps};
-    const freehold::RopeArgs rope{nullptr, 0, 0, 1, size, first, dims, cos, sin, interleaved != 0};
-    each_cache_row(c, norm, rope, rows, [&](int64_t row, const freehold::RopeArgs& one, bf16* rotated) {
-      c.kernels.rope(one, 0, rotated, 0);
-      scales[slots[row]] = c.kernels.quantise(rotated, size, static_cast<uint8_t*>(values) + slots[row] * values_row);
-    });
-  });
+int fh_layers(void* context, const freehold::LayerSizes* sizes, const freehold::LayerWeights* layers, int64_t count,
+              const freehold::LayerStep* step) {
+  return call(context, [&](Context& c) { freehold::run_layers(c, *sizes, layers, count, *step); });
+}
+
+int fh_clock(void* context, double* seconds) {
+  return call(context, [&](Context& c) { c.clock.take(seconds); });
 }

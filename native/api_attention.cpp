@@ -2,7 +2,9 @@
 #include <cstring>
 
 #include "api.h"
+#include "attend.h"
 #include "call.h"
+#include "products.h"
 
 namespace {
 
@@ -122,14 +124,82 @@ struct Selection {
 
 }  // namespace
 
+namespace freehold {
+
+void select(Context& c, const SelectArgs& args, int64_t* out, int64_t out_row, int64_t rows) {
+  SelectArgs chosen = args;
+  chosen.few = rows <= kSelectRows;
+  Selection{c, chosen, out, out_row, rows}.run();
+}
+
+void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows) {
+  const int64_t heads = args.heads, rank = args.rank;
+  const int64_t chunks = (args.count + freehold::kAttendChunk - 1) / freehold::kAttendChunk;
+  const int64_t part = freehold::attend_part(heads, rank), scratch = freehold::attend_scratch(heads);
+  const auto finish = [&](int64_t row, const float* whole) {
+    c.kernels.finish(out + row * heads * rank, rank, whole, heads, rank);
+  };
+  const int64_t unit = freehold::kAttendChunk * heads * (args.latent_dim + rank) / 8;  // cost of a chunk
+  if (rows >= 2 * c.pool.threads() || chunks == 1) {
+    c.prepare(scratch + 2 * part * 4);
+    c.ranges(rows, 1, unit * chunks, [&](int64_t first, int64_t last, int worker) {
+      char* memory = c.scratch(worker);
+      float *whole = reinterpret_cast<float*>(memory + scratch), *next = whole + part;
+      for (int64_t row = first; row < last; ++row) {
+        c.kernels.attend(args, row, 0, whole, memory);
+        for (int64_t chunk = 1; chunk * freehold::kAttendChunk < attend_count(args, row); ++chunk) {
+          c.kernels.attend(args, row, chunk, next, memory);
+          c.kernels.merge(whole, next, heads, rank);
+        }
+        finish(row, whole);
+      }
+    });
+    return;
+  }
+  c.prepare(scratch);
+  float* parts = reinterpret_cast<float*>(c.shared.get(rows * chunks * part * 4));
+  c.ranges(rows * chunks, 1, unit, [&](int64_t first, int64_t last, int worker) {
+    for (int64_t i = first; i < last; ++i)
+      c.kernels.attend(args, i / chunks, i % chunks, parts + i * part, c.scratch(worker));
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    float* whole = parts + row * chunks * part;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) c.kernels.merge(whole, whole + chunk * part, heads, rank);
+    finish(row, whole);
+  }
+}
+
+void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
+  c.prepare(a.size * 4 + 4);
+  c.ranges(a.rows, 1, a.size * 8, [&](int64_t begin, int64_t end, int worker) {
+    bf16* values = reinterpret_cast<bf16*>(c.scratch(worker));
+    for (int64_t row = begin; row < end; ++row) {
+      c.kernels.norm(norm, row, values);
+      std::memcpy(values + norm.size, norm.x + row * norm.x_row + norm.size, size_t(a.size - norm.size) * 2);
+      // One row at a time from its own buffer, hence the tables are moved to the row.
+      const RopeArgs rope{values, 0, 0, 1, a.size, a.first, a.dims, a.cos + row * (a.dims / 2),
+                          a.sin + row * (a.dims / 2), a.interleaved};
+      const int64_t slot = a.slots[row], at = slot * a.cache_row;
+      if (a.scales == nullptr) {
+        c.kernels.rope(rope, 0, static_cast<bf16*>(a.cache) + at, 0);
+      } else {
+        c.kernels.rope(rope, 0, values + a.size, 0);
+        a.scales[slot] = c.kernels.quantise(values + a.size, a.size, static_cast<uint8_t*>(a.cache) + at);
+      }
+    }
+  });
+}
+
+}  // namespace freehold
+
 int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row, int64_t query_head,
               const float* weight, int64_t weight_row, int64_t rows, int64_t heads, int64_t dim, const void* keys,
               int64_t keys_row, const float* scales, const int64_t* table, int64_t block_size, int64_t start,
               int64_t topk) {
   return freehold::call(context, [&](Context& c) {
     const SelectArgs args{static_cast<const bf16*>(query), query_row, query_head, weight, weight_row, heads, dim,
-                          keys, keys_row, scales, table, block_size, start, topk, rows <= freehold::kSelectRows};
-    Selection{c, args, out, out_row, rows}.run();
+                          keys, keys_row, scales, table, block_size, start, topk};
+    freehold::select(c, args, out, out_row, rows);
   });
 }
 
@@ -139,87 +209,6 @@ int fh_attend(void* context, void* out, const void* query, int64_t query_row, in
   return freehold::call(context, [&](Context& c) {
     const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, static_cast<const bf16*>(latent),
                           latent_row, slots, slots_row, count, start, heads, latent_dim, rank, scale};
-    const int64_t chunks = (count + freehold::kAttendChunk - 1) / freehold::kAttendChunk;
-    const int64_t part = freehold::attend_part(heads, rank), scratch = freehold::attend_scratch(heads);
-    const auto finish = [&](int64_t row, const float* whole) {
-      c.kernels.finish(static_cast<bf16*>(out) + row * heads * rank, rank, whole, heads, rank);
-    };
-    const int64_t unit = freehold::kAttendChunk * heads * (latent_dim + rank) / 8;  // cost of a chunk
-    if (rows >= 2 * c.pool.threads() || chunks == 1) {
-      c.prepare(scratch + 2 * part * 4);
-      c.ranges(rows, 1, unit * chunks, [&](int64_t first, int64_t last, int worker) {
-        char* memory = c.scratch(worker);
-        float *whole = reinterpret_cast<float*>(memory + scratch), *next = whole + part;
-        for (int64_t row = first; row < last; ++row) {
-          c.kernels.attend(args, row, 0, whole, memory);
-          for (int64_t chunk = 1; chunk * freehold::kAttendChunk < attend_count(args, row); ++chunk) {
-            c.kernels.attend(args, row, chunk, next, memory);
-            c.kernels.merge(whole, next, heads, rank);
-          }
-          finish(row, whole);
-        }
-      });
-      return;
-    }
-    c.prepare(scratch);
-    float* parts = reinterpret_cast<float*>(c.shared.get(rows * chunks * part * 4));
-    c.ranges(rows * chunks, 1, unit, [&](int64_t first, int64_t last, int worker) {
-      for (int64_t i = first; i < last; ++i)
-        c.kernels.attend(args, i / chunks, i % chunks, parts + i * part, c.scratch(worker));
-    });
-    for (int64_t row = 0; row < rows; ++row) {
-      float* whole = parts + row * chunks * part;
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) c.kernels.merge(whole, whole + chunk * part, heads, rank);
-      finish(row, whole);
-    }
-  });
-}
-
-namespace {
-
-// Calls fn(head, first row, last row) for all heads, and blocks of rows when there are many.
-template <class Fn>
-void by_head(Context& c, int64_t heads, int64_t rows, int64_t cost, Fn fn) {
-  constexpr int64_t kBlock = 64;
-  const int64_t blocks = (rows + kBlock - 1) / kBlock;
-  c.ranges(heads * blocks, 1, cost * (1 + smaller(rows, kBlock) / 4), [&](int64_t first, int64_t last, int) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t row = unit % blocks * kBlock;
-      fn(unit / blocks, row, smaller(row + kBlock, rows));
-    }
-  });
-}
-
-}  // namespace
-
-int fh_absorb(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
-              int64_t heads, int64_t nope, int64_t rope, const void* kv_b, int64_t kv_b_row, int64_t value,
-              int64_t rank) {
-  return freehold::call(context, [&](Context& c) {
-    const int64_t head = rank + rope, row = heads * head;
-    by_head(c, heads, rows, nope * rank * 2, [&](int64_t h, int64_t first, int64_t last) {
-      const bf16* q = static_cast<const bf16*>(query) + first * query_row + h * query_head;
-      const bf16* up = static_cast<const bf16*>(kv_b) + h * (nope + value) * kv_b_row;
-      bf16* y = static_cast<bf16*>(out) + first * row + h * head;
-      c.kernels.absorb(y, row, q, query_row, up, kv_b_row, last - first, nope, rank);
-      for (int64_t r = 0; r < last - first; ++r)
-        std::memcpy(y + r * row + rank, q + r * query_row + nope, size_t(rope) * 2);
-    });
-  });
-}
-
-int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows, int64_t heads, int64_t nope, int64_t value,
-                int64_t rank, const void* kv_b, int64_t kv_b_row) {
-  return freehold::call(context, [&](Context& c) {
-    by_head(c, heads, rows, value * rank * 2, [&](int64_t h, int64_t first, int64_t last) {
-      const bf16* weight = static_cast<const bf16*>(kv_b) + (h * (nope + value) + nope) * kv_b_row;
-      const void* xs[64];
-      void* outs[64];
-      for (int64_t row = first; row < last; ++row) {
-        xs[row - first] = static_cast<const bf16*>(mixed) + (row * heads + h) * rank;
-        outs[row - first] = static_cast<bf16*>(out) + (row * heads + h) * value;
-      }
-      c.kernels.linear({weight, kv_b_row, rank, xs, outs, last - first, nullptr, false, false}, 0, value);
-    });
+    freehold::attend(c, args, static_cast<bf16*>(out), rows);
   });
 }

@@ -1,4 +1,4 @@
-// Attention over gathered rows, and the absorb product: sums of rows with per-head weights.
+// Attention over gathered rows: scores, softmax, and sums of rows with per-head weights.
 #pragma once
 
 #include "dot.h"
@@ -60,23 +60,6 @@ FH_INLINE void mix(const bf16* const* rows, int64_t count, const bf16* p, int64_
   }
 }
 
-constexpr int64_t kMostNope = 512;  // rows of W_UK that one call takes; the Python side checks it
-
-void absorb(bf16* out, int64_t out_row, const bf16* query, int64_t query_row, const bf16* up, int64_t up_stride,
-            int64_t rows, int64_t nope, int64_t rank) {
-  const bf16* w[kMostNope];
-  alignas(64) bf16 packed[(kMostNope / 2 + 1) * 2 * W];
-  for (int64_t a = 0; a < nope; ++a) w[a] = up + a * up_stride;
-  for (int64_t r = 0; r < rows; r += W) {
-    const bf16* q[W];
-    const int64_t n = min64(W, rows - r);
-    for (int64_t k = 0; k < W; ++k) q[k] = query + (r + min64(k, n - 1)) * query_row;
-    pack_rows(q, nope, packed, 2 * W);
-    mix(w, nope, packed, n, rank,
-        [&](int64_t m, int64_t c, F v, int64_t k) { put_lanes(out + (r + m) * out_row + c, v, k); });
-  }
-}
-
 // One chunk of one row: maxima, sums and unnormalised outputs of every head.
 void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* scratch) {
   const int64_t heads = a.heads;
@@ -101,7 +84,7 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
       const bf16* x[kTileRows];
       const int64_t n = min64(kTileRows, heads - h);
       for (int64_t j = 0; j < n; ++j) x[j] = query + (h + j) * a.query_head;
-      dot_rows<bf16>(w, x, n, a.latent_dim, 0, [&](int64_t m, __m128 v) {
+      dot_rows(w, x, n, a.latent_dim, [&](int64_t m, __m128 v) {
         _mm_storeu_ps(scores + (h + m) * kAttendChunk + k, _mm_mul_ps(v, _mm_set1_ps(a.scale)));
       });
     }

@@ -1,6 +1,7 @@
 // What one NativeOps owns: the chosen instruction set, the threads, and scratch memory.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -38,13 +39,37 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// The parts of a layer that time is counted by, in the order of fh_clock().
+enum class Part { kNorm, kProjections, kIndexer, kAttention, kRouter, kExperts, kMlp, kCount };
+
+// Seconds by part since they were last taken.
+class Clock {
+ public:
+  void start() { last_ = now(); }
+  void mark(Part part) {
+    const auto time = now();
+    seconds_[int(part)] += std::chrono::duration<double>(time - last_).count();
+    last_ = time;
+  }
+  void take(double* out) {
+    for (double& seconds : seconds_) *out++ = seconds, seconds = 0;
+  }
+
+ private:
+  using Time = std::chrono::steady_clock::time_point;
+  static Time now() { return std::chrono::steady_clock::now(); }
+  Time last_;
+  double seconds_[int(Part::kCount)] = {};
+};
+
 struct Context {
   Context(int threads, const Kernels* table) : kernels(*table), pool(threads), worker_scratch(size_t(pool.threads())) {}
 
   const Kernels& kernels;
   Pool pool;
   std::mutex mutex;  // one call at a time
-  Scratch shared;
+  Scratch shared, layer;
+  Clock clock;
   std::vector<Scratch> worker_scratch;
 
   // The same number of bytes for every worker, allocated here because a worker cannot report failure.

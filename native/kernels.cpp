@@ -5,6 +5,7 @@
 #include "dot.h"
 #include "fp8.h"
 #include "gemm.h"
+#include "panel.h"
 #include "rows.h"
 #include "select.h"
 #include "vector.h"
@@ -18,8 +19,8 @@ namespace freehold {
 
 extern const Kernels FH_JOIN(kernels_, FH_ISA);
 const Kernels FH_JOIN(kernels_, FH_ISA) = {
-    FH_TEXT(FH_ISA), W, ::kTile, ::linear, ::gated, ::gemm, ::gemm_gated, ::combine, ::absorb,   ::attend,   ::merge, ::finish,
-    ::score,         ::keep,  ::quantise, ::norm,   ::rope,  ::route,
+    FH_TEXT(FH_ISA), W, ::kTile, ::product, ::gated, ::gemm, ::gemm_gated, ::combine, ::accumulate, ::attend, ::merge, ::finish,
+    ::score,         ::keep,  ::quantise, ::norm, ::rope, ::route,
 };
 
 }  // namespace freehold

@@ -7,28 +7,29 @@
 
 #include <cstdint>
 
+#include "matrix.h"
+
 namespace freehold {
 
 using bf16 = uint16_t;
 
-// y[m][o] = x[m] · weight[o] (+ bias[o]); rows are given by pointer so that experts can gather without copying.
-struct LinearArgs {
-  const void* weight;
-  int64_t weight_stride, inner;
-  const void* const* x;
+// y[m][o] = x[m] · weight[o] (+ bias[o]) with a packed weight; rows are given by pointer so that experts can
+// gather without copying. Ranges are of panels.
+struct ProductArgs {
+  const Matrix* weight;
+  const bf16* const* x;
   void* const* out;
   int64_t rows;
-  const void* bias;  // same type as the output, or null
-  bool fp32;         // x and weight are fp32, else bf16
+  const bf16* bias;  // or null
   bool out_fp32;
-  int64_t out_first = 0;  // the output that out[m][0] is (0 but for gemm into a buffer)
+  int64_t out_first = 0;  // the output that out[m][0] is
 };
 
-// act[m][i] = silu(x[m] · gate[i]) · (x[m] · up[i]), bf16.
+// act[m][i] = silu(x[m] · gate[i]) · (x[m] · up[i]), bf16; at most 16 rows but for gemm_gated. gate and up are of one
+// kind and shape; ranges are of panels.
 struct GatedArgs {
-  const bf16 *gate, *up;
-  int64_t gate_stride, up_stride, inner;
-  const void* const* x;
+  const Matrix *gate, *up;
+  const bf16* const* x;
   bf16* const* out;
   int64_t rows;
 };
@@ -62,7 +63,7 @@ struct SelectArgs {
   const float* scales;  // null, or one for each slot: multiplies the scores of its key
   const int64_t* table;
   int64_t block_size, start, topk;
-  bool few;  // at most kSelectRows rows in all: another order of sums, the same for each of these numbers of rows
+  bool few = false;  // at most kSelectRows rows in all: another order of sums, the same for each such number of rows
 };
 // The best so far of one row, in order of position. Keys sort like the scores; NaN is the largest.
 struct Candidates {
@@ -102,10 +103,6 @@ struct RopeArgs {
   bool interleaved;
 };
 struct RouteArgs {
-  const bf16* x;
-  int64_t x_row;
-  const bf16* weight;
-  int64_t weight_stride, inner;
   const float* bias;
   int64_t experts, top_k;
   bool normalise;
@@ -117,16 +114,15 @@ struct Kernels {
   int64_t lanes;        // outputs of one vector
   int64_t select_tile;  // keys of one packed tile
 
-  void (*linear)(const LinearArgs&, int64_t first, int64_t last);
+  void (*product)(const ProductArgs&, int64_t first, int64_t last);
   void (*gated)(const GatedArgs&, int64_t first, int64_t last);
-  // The same for many rows of bf16; packed: gemm_scratch() bytes. Sums in another order than the two above.
-  void (*gemm)(const LinearArgs&, int64_t first, int64_t last, bf16* packed);
-  void (*gemm_gated)(const GatedArgs&, int64_t first, int64_t last, bf16* packed);
+  // The same for many rows; room: gemm_room() bytes. Sums in another order than the two above.
+  void (*gemm)(const ProductArgs&, int64_t first, int64_t last, bf16* room);
+  void (*gemm_gated)(const GatedArgs&, int64_t first, int64_t last, bf16* room);
   // out[h] = Σ_x weights[x] · parts[x][h] in fp32, rounded once.
   void (*combine)(bf16* out, const float* const* parts, const float* weights, int64_t count, int64_t size);
-  // out[r][v] = Σ_a query[r][a] · up[a][v] for one head.
-  void (*absorb)(bf16* out, int64_t out_row, const bf16* query, int64_t query_row, const bf16* up, int64_t up_stride,
-                 int64_t rows, int64_t nope, int64_t rank);
+  // into += x in fp32, rounded.
+  void (*accumulate)(bf16* into, const bf16* x, int64_t size);
   // part: heads maxima, heads sums, then heads × rank unnormalised outputs, fp32. scratch: attend_scratch() bytes.
   void (*attend)(const AttendArgs&, int64_t row, int64_t chunk, float* part, char* scratch);
   void (*merge)(float* into, const float* part, int64_t heads, int64_t rank);
@@ -140,13 +136,14 @@ struct Kernels {
   float (*quantise)(const bf16* x, int64_t size, uint8_t* out);
   void (*norm)(const NormArgs&, int64_t row, bf16* out);
   void (*rope)(const RopeArgs&, int64_t row, bf16* out, int64_t out_head);
-  void (*route)(const RouteArgs&, int64_t first, int64_t last, int64_t* ids, float* weights, float* scratch);
+  // One row: scores before the sigmoid are overwritten by those behind it; keys has room for `experts`.
+  void (*route)(const RouteArgs&, float* scores, int64_t* ids, float* weights, uint32_t* keys);
 };
 
 inline int64_t attend_part(int64_t heads, int64_t rank) { return heads * (2 + rank); }
 inline int64_t attend_scratch(int64_t heads) { return kAttendChunk * (heads * 6 + 32 + 8) + 256; }
 
-inline int64_t gemm_scratch(int64_t inner) { return (inner + 1) / 2 * 128 + 64; }
+inline int64_t gemm_room(int64_t inner) { return inner * kPanel * 2 * 2; }  // two panels in bf16
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 

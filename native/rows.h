@@ -60,8 +60,10 @@ void rope(const RopeArgs& a, int64_t row, bf16* out, int64_t out_head) {
   for (int64_t h = 0; h < a.heads; ++h) {
     const bf16* x = a.x + row * a.x_row + h * a.x_head;
     bf16* y = out + h * out_head;
-    memcpy(y, x, size_t(a.first) * 2);
-    memcpy(y + end, x + end, size_t(a.size - end) * 2);
+    if (x != y) {
+      memcpy(y, x, size_t(a.first) * 2);
+      memcpy(y + end, x + end, size_t(a.size - end) * 2);
+    }
     x += a.first, y += a.first;
     for (int64_t j = 0; j < half; ++j) {
       const float u = widen(x[j * step]), v = widen(x[j * step + other]), c = cosine[j], s = sine[j];
@@ -71,7 +73,11 @@ void rope(const RopeArgs& a, int64_t row, bf16* out, int64_t out_head) {
   }
 }
 
-void route_row(const RouteArgs& a, const float* scores, int64_t* ids, float* weights, uint32_t* keys) {
+void route(const RouteArgs& a, float* scores, int64_t* ids, float* weights, uint32_t* keys) {
+  for (int64_t e = 0; e < a.experts; e += W) {
+    const int64_t n = min64(W, a.experts - e);
+    store(scores + e, sigmoid(load(scores + e, n)), n);
+  }
   for (int64_t e = 0; e < a.experts; ++e) keys[e] = sortable(scores[e] + a.bias[e] + 0.0f);
   float total = 0.0f;
   for (int64_t k = 0; k < a.top_k; ++k) {
@@ -84,28 +90,6 @@ void route_row(const RouteArgs& a, const float* scores, int64_t* ids, float* wei
   }
   const float divisor = a.normalise ? total + 1e-20f : 1.0f;
   for (int64_t k = 0; k < a.top_k; ++k) weights[k] = weights[k] / divisor * a.scale;
-}
-
-// scratch: 16 · experts scores, then experts keys.
-void route(const RouteArgs& a, int64_t first, int64_t last, int64_t* ids, float* weights, float* scratch) {
-  const int64_t rows = last - first;  // at most 16
-  const bf16* x[16];
-  for (int64_t m = 0; m < rows; ++m) x[m] = a.x + (first + m) * a.x_row;
-  const bf16* w[4];
-  for (int64_t e = 0; e < a.experts; e += 4) {
-    four_rows(a.weight, a.weight_stride, e, a.experts, w);
-    dot_rows<bf16>(w, x, rows, a.inner, 0,
-                   [&](int64_t m, __m128 v) { put(scratch + m * a.experts + e, v, a.experts - e); });
-  }
-  uint32_t* keys = reinterpret_cast<uint32_t*>(scratch + 16 * a.experts);
-  for (int64_t m = 0; m < rows; ++m) {
-    float* scores = scratch + m * a.experts;
-    for (int64_t e = 0; e < a.experts; e += W) {
-      const int64_t n = min64(W, a.experts - e);
-      store(scores + e, sigmoid(load(scores + e, n)), n);
-    }
-    route_row(a, scores, ids + (first + m) * a.top_k, weights + (first + m) * a.top_k, keys);
-  }
 }
 
 }  // namespace

@@ -9,9 +9,9 @@
 
 namespace {
 
-constexpr int64_t kGroup = 8;   // heads of a vector
-constexpr int64_t kKeys = 16;   // keys at a time
-constexpr int64_t kAhead = 128; // positions between the keys that are asked for and those that are scored
+constexpr int64_t kGroup = 8;         // heads of a vector
+constexpr int64_t kKeys = 16;         // keys at a time
+constexpr int64_t kKeysAhead = 128;  // positions between the keys that are asked for and those that are scored
 
 // out[group][d / 4][head of the group][4] ← a row's query; heads past the last are zeros.
 FH_INLINE void arrange_query(const SelectArgs& a, int64_t row, bf16* out) {
@@ -81,7 +81,7 @@ void score_few(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, in
     stage_keys(a, tile, keys, key, staged, scales);
     for (int64_t k = 0; k < keys; k += kKeys) {
       const int64_t position = tile + k, n = min64(kKeys, keys - k);
-      while (asked < min64(last, position + kAhead + kKeys)) {
+      while (asked < min64(last, position + kKeysAhead + kKeys)) {
         const int64_t run = ahead.run(min64(kKeys, last - asked));
         ask_for_keys(ahead, run);
         ahead.step(run);

@@ -15,11 +15,13 @@ PACKAGE = ROOT / "src" / "freehold"
 # unless its name is added here.
 TORCH = {
     "freehold.engine.batch",
+    "freehold.engine.compare",
     "freehold.engine.loading",
     "freehold.engine.runner",
     "freehold.engine.sampler",
     "freehold.model.cache",
     "freehold.model.glm",
+    "freehold.model.group_quant",
     "freehold.model.index_keys",
     "freehold.model.indexer",
     "freehold.model.inputs",
@@ -33,6 +35,8 @@ TORCH = {
     "freehold.model.ops.native",
     "freehold.model.ops.reference",
     "freehold.model.quant",
+    "freehold.model.quantize",
+    "freehold.model.quantize_tensors",
     "freehold.model.weights",
 }
 

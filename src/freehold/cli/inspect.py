@@ -94,7 +94,8 @@ def _facts(report: Inspection) -> Table:
 def _bytes_table(report: Inspection) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Weights: {_human(report.total_bytes)}", title_justify="left", box=None, padding=(0, 2))
+    title = f"Weights: {_human(report.total_bytes)}, {report.bits_per_weight:.2f} bits a weight"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     table.add_column("by part")
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")

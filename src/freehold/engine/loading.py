@@ -21,7 +21,9 @@ from freehold.model.cache import IndexCache, PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.ops.choose import OpsChoice, load_ops
-from freehold.model.ops.native import DEFAULT_THREADS
+from freehold.model.ops.fused import FusedLayers, fits
+from freehold.model.ops.native import DEFAULT_THREADS, NativeOps
+from freehold.model.packing import Quantize, forms, pack_model
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
@@ -53,6 +55,7 @@ class EngineOptions:
     verify: bool = False
     ops: OpsChoice = "auto"
     index_cache: IndexCache = "auto"
+    quantize: Quantize | None = None
 
 
 def build_engine(
@@ -87,8 +90,12 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     torch.set_num_threads(options.threads or DEFAULT_THREADS)
     ops = load_ops(dtype, options.ops, options.threads)
     model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
+    if isinstance(ops, NativeOps) or options.quantize is not None:
+        pack_model(model, forms(config, options.quantize))
     load_weights(model, directory, progress=progress, verify=options.verify)
-    if ops.name == "native":
+    if isinstance(ops, NativeOps):
+        if fits(config, layers := model.decoder_layers):
+            model.run_few = FusedLayers(ops, config, layers)
         # What is left to torch is small, and its threads spin for a while after each of its operations: on the very
         # cores that the kernels' threads need next. On 2 cores that halves the speed of prefill.
         torch.set_num_threads(1)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from freehold.errors import CheckpointError, DiskFull
 
@@ -67,6 +68,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, indented for reading."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_manifest(directory: Path, digests: Mapping[str, str]) -> None:

@@ -8,12 +8,15 @@ Shape suffixes: T rows, R selected rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
+from freehold.model.held import Destination, held_weights
 from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput
 from freehold.model.layers import MLP, Linear, Norm, Rope
@@ -22,6 +25,8 @@ from freehold.model.moe import MoE
 from freehold.model.mtp import MtpInput, SharedHead
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
+
+RunFew = Callable[[Tensor, ForwardInput, tuple[Tensor, Tensor], PagedCache], Tensor | None]
 
 
 class DecoderLayer(nn.Module):
@@ -89,12 +94,16 @@ class Glm(nn.Module):
         self.norm = Norm(config.hidden_size, dtype=dtype, device=device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         self.mtp = MtpLayer(config, dtype=dtype, device=device) if config.has_mtp else None
+        self.run_few: RunFew | None = None
+        """All layers at once, for steps of few rows; None from it, or no such thing, runs them one by one."""
 
     def forward(self, inputs: ForwardInput, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [T, H]. Writes the rows' latents and index keys to `cache`."""
-        plan = Plan.of(inputs, self.config.index_topk)
         rope = self.rope.tables(inputs.positions_T)
         hidden_TH = F.embedding(inputs.token_ids_T, self.embed_tokens)
+        if self.run_few is not None and (few_TH := self.run_few(hidden_TH, inputs, rope, cache)) is not None:
+            return self.ops.rms_norm(few_TH, self.norm.weight, self.config.rms_norm_eps)
+        plan = Plan.of(inputs, self.config.index_topk)
         slots_RK: Tensor | None = None
         for i, layer in enumerate(self.layers):
             hidden_TH, slots_RK = layer(
@@ -102,29 +111,26 @@ class Glm(nn.Module):
             )
         return self.ops.rms_norm(hidden_TH, self.norm.weight, self.config.rms_norm_eps)
 
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, V] in the model's dtype, for hidden states after the final norm."""
         return self.ops.linear(hidden_RH, self.lm_head.weight)
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Published tensor name → the parameter, or the view of a stacked one, that holds it. Works on `meta`."""
-        tensors: dict[str, Tensor] = {
+    def checkpoint_tensors(self) -> dict[str, Destination]:
+        """Published tensor name → the parameter, or the part of a stacked or packed one, that holds it.
+
+        Works on `meta`.
+        """
+        tensors: dict[str, Destination] = {
             "model.embed_tokens.weight": self.embed_tokens,
             "model.norm.weight": self.norm.weight,
         }
-        tensors["lm_head.weight"] = self.lm_head.weight
+        tensors |= dict(held_weights(self.lm_head, "lm_head"))
         layers = [*self.layers, *([self.mtp] if self.mtp is not None else [])]
         for i, layer in enumerate(layers):
-            for name, parameter in layer.named_parameters():
-                prefix = f"model.layers.{i}."
-                name = name.removeprefix("input.")
-                if name == "mlp.experts.gate_up_proj":
-                    for expert, (gate, up) in enumerate(parameter.unflatten(1, (2, -1)).unbind(0)):
-                        tensors[f"{prefix}mlp.experts.{expert}.gate_proj.weight"] = gate
-                        tensors[f"{prefix}mlp.experts.{expert}.up_proj.weight"] = up
-                elif name == "mlp.experts.down_proj":
-                    for expert, down in enumerate(parameter.unbind(0)):
-                        tensors[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = down
-                else:
-                    tensors[prefix + name] = parameter
+            for name, held in held_weights(layer, f"model.layers.{i}"):
+                tensors[name.replace(".input.", ".")] = held
         return tensors

@@ -17,7 +17,7 @@ from freehold.model.inputs import ForwardInput, Span
 from freehold.model.layers import Linear, Norm
 from freehold.model.ops.interface import Ops
 
-_KEY_NORM_EPS = 1e-6
+KEY_NORM_EPS = 1e-6
 
 
 class Indexer(nn.Module):
@@ -36,7 +36,7 @@ class Indexer(nn.Module):
         key_TD = ops.linear(x_TH, self.wk.weight)
         norm = self.k_norm
         assert norm.bias is not None
-        ops.write_cache(key_TD, norm.weight, norm.bias, _KEY_NORM_EPS, cos, sin, self.interleaved, 0, keys_SD, slots_T)
+        ops.write_cache(key_TD, norm.weight, norm.bias, KEY_NORM_EPS, cos, sin, self.interleaved, 0, keys_SD, slots_T)
 
     def select(
         self,

@@ -29,7 +29,8 @@ from freehold.model.cache_layout import (
 from freehold.model.checkpoint_files import Progress, verify_manifest
 from freehold.model.config import GlmConfig
 from freehold.model.names import SCALE_SUFFIX, TensorSpec, tensor_specs
-from freehold.model.storage import find_problems, fp8_scheme, stored_tensors
+from freehold.model.storage import find_problems, quantization_scheme, stored_tensors
+from freehold.model.storage_groups import GROUP_SUFFIXES, GroupFormat, GroupScheme
 
 PUBLISHED = ("glm-5", "glm-5.1", "glm-5.2", "glm-5.2-fp8", "glm-5.3")
 # Published chat templates, by SHA-256 or MD5 of the file.
@@ -82,7 +83,7 @@ class CacheRow:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Everything `freehold inspect` shows. Bytes are of tensor data; parts include their FP8 scales."""
+    """Everything `freehold inspect` shows. Bytes are of tensor data; parts include their scales."""
 
     source: str
     kind: Literal["checkpoint", "config", "published"]
@@ -94,6 +95,7 @@ class Inspection:
     total_bytes: int
     bytes_by_dtype: Mapping[str, int]
     bytes_by_part: Mapping[str, int]  # the MTP layer is the part "mtp"
+    bits_per_weight: float  # of all tensor data, by parameters.total
     quantization: str
     template: str
     latent_bytes: Mapping[str, int]  # per token and layer, by format
@@ -169,21 +171,23 @@ def _report(
         found = [(t.name, t.dtype, _elements(t.shape) * DTYPE_BITS[t.dtype] // 8) for t in stored_tensors(config)]
     for name, dtype, nbytes in found:
         by_dtype[dtype] += nbytes
-        by_part[parts.get(name.removesuffix(SCALE_SUFFIX), "unexpected")] += nbytes
+        by_part[parts.get(_owner(name), "unexpected")] += nbytes
     problems = [] if index is None else [problem.message for problem in find_problems(config, index)]
     notes = [] if index is None else [f"{file}: no index names it; nothing reads it" for file in index.unlisted]
+    parameters = _parameters(config)
     return Inspection(
         source=source,
         kind=kind,
         config=config,
         layers=_layers(config),
-        parameters=_parameters(config),
+        parameters=parameters,
         tensors=len(found),
         shards=None if index is None else len(index.shards),
         total_bytes=sum(by_dtype.values()),
         bytes_by_dtype=dict(sorted(by_dtype.items())),
         bytes_by_part=dict(by_part.most_common()),
-        quantization="none" if fp8_scheme(config.quantization) is None else "fp8 (E4M3, 128x128 block scales)",
+        bits_per_weight=8 * sum(by_dtype.values()) / parameters.total,
+        quantization=_quantization(config),
         template=_template(source, directory),
         latent_bytes={name: latent_bytes(config, name) for name in LATENT_FORMATS},
         index_key_bytes={name: index_key_bytes(config, name) for name in INDEX_FORMATS},
@@ -219,6 +223,32 @@ def _parameters(config: GlmConfig) -> Parameters:
         elif len(spec.shape) == 2 and spec.part != "embed":
             active += spec.size * config.n_routed_experts
     return Parameters(total, bias, mtp, active // config.n_routed_experts)
+
+
+def _quantization(config: GlmConfig) -> str:
+    scheme = quantization_scheme(config.quantization)
+    if scheme is None:
+        return "none"
+    if not isinstance(scheme, GroupScheme):
+        return "fp8 (E4M3, 128x128 block scales)"
+    forms: Counter[GroupFormat] = Counter()
+    kept = 0
+    for spec in tensor_specs(config):
+        form = scheme.format_of(spec)
+        if form is not None:
+            forms[form] += 1
+        elif len(spec.shape) == 2:
+            kept += 1
+    counts = [f"{count:,} matrices {form}" for form, count in sorted(forms.items(), key=lambda item: item[0].bits)]
+    return ", ".join((*counts, f"{kept:,} as they were"))
+
+
+def _owner(name: str) -> str:
+    """The published tensor that a stored one belongs to."""
+    for suffix in (SCALE_SUFFIX, *GROUP_SUFFIXES):
+        if name.endswith(f".weight{suffix}"):
+            return name.removesuffix(suffix)
+    return name
 
 
 def _part(spec: TensorSpec, config: GlmConfig) -> str:

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from freehold.model.config import GlmConfig
 from freehold.model.ops.interface import Ops
+from freehold.model.packed import PackedWeight
 
 
 class Linear(nn.Module):
-    """weight [O, I] and an optional bias [O]. Uninitialised: a checkpoint or a trainer fills it."""
+    """weight [O, I] and an optional bias [O]. Uninitialised: a checkpoint or a trainer fills it.
+
+    `packing.pack_model` replaces the weight by a packed one.
+    """
+
+    weight: nn.Parameter | PackedWeight
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: torch.dtype, device: str) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from freehold.model.indexer import Indexer
 from freehold.model.inputs import ForwardInput, Span
 from freehold.model.layers import Linear, Norm
 from freehold.model.ops.interface import Ops
+from freehold.model.packed import PackedHeads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,16 @@ class Plan:
         return cls(tuple(dense), tuple(sparse), torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64))
 
 
+class HeadProjection(nn.Module):
+    """kv_b: weight [N · (nope + O), V], for each head its rows of W_UK and then those of W_UV."""
+
+    weight: nn.Parameter | PackedHeads
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
+
+
 class LatentAttention(nn.Module):
     """Attention of one layer. `indexer` is None on shared layers, which are handed the selection of a full one."""
 
@@ -76,7 +87,9 @@ class LatentAttention(nn.Module):
         self.q_b_proj = linear(config.q_lora_rank, self.heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = linear(hidden, config.latent_dim, bias)
         self.kv_a_layernorm = Norm(self.rank, dtype=dtype, device=device)
-        self.kv_b_proj = linear(self.rank, self.heads * (self.nope + self.value_dim))
+        self.kv_b_proj = HeadProjection(
+            self.rank, self.heads * (self.nope + self.value_dim), dtype=dtype, device=device
+        )
         self.o_proj = linear(self.heads * self.value_dim, hidden, bias)
         self.indexer = Indexer(config, dtype=dtype, device=device) if full else None
 

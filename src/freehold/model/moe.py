@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from freehold.model.config import GlmConfig
 from freehold.model.layers import MLP
 from freehold.model.ops.interface import Ops
+from freehold.model.packed import PackedWeight
 
 
 class Router(nn.Module):
+    weight: nn.Parameter | PackedWeight
+
     def __init__(self, config: GlmConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.config = config
@@ -44,6 +47,9 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """gate_up_proj [E, 2I, H], the gate's rows first; down_proj [E, H, I]."""
+
+    gate_up_proj: nn.Parameter | PackedWeight
+    down_proj: nn.Parameter | PackedWeight
 
     def __init__(self, config: GlmConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()

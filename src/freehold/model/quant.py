@@ -10,12 +10,27 @@ Shape legend: O rows (out features), I columns (in features), R and C block rows
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from freehold.errors import CheckpointError
-from freehold.model.storage import BLOCK, scale_shape
+from freehold.model.storage_fp8 import BLOCK, scale_shape
 
 E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuantized:
+    """A matrix [O, I] as float8_e4m3fn and a float32 scale for each 128x128 block, as FP8 checkpoints hold it."""
+
+    weight_OI: torch.Tensor
+    scale_RC: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight_OI.shape
+        return rows, columns
 
 
 def dequantize_blocks(weight_OI: torch.Tensor, scale_RC: torch.Tensor, out_OI: torch.Tensor) -> None:

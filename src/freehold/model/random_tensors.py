@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from freehold.model.config import GlmConfig
 from freehold.model.names import TensorSpec
-from freehold.model.storage import BLOCK, StoredTensor
+from freehold.model.storage_fp8 import BLOCK
+from freehold.model.stored import StoredTensor
 
 _CHUNK = 1 << 18  # elements made at a time; they fit in a core's cache
 _CORRECTION_OFFSET = 6.9  # published correction biases sit at a large offset with a tiny spread

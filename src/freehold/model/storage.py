@@ -1,102 +1,48 @@
-"""How a checkpoint stores its tensors: dtypes, FP8 block scales, and what of it is missing or wrong. Torch-free.
+"""How a checkpoint stores its tensors: dtypes, quantisation, and what of it is missing or wrong. Torch-free.
 
-`GLM-5.2-FP8` stores most matrices as FP8 E4M3 with one fp32 scale for each 128x128 block, `X.weight_scale_inv` of
-shape [ceil(out/128), ceil(in/128)] beside `X.weight`; the last block of a row or column may be smaller, and attention
-heads straddle blocks. A weight is its FP8 value times the scale of its block.
+`storage_fp8` and `storage_groups` have the two kinds of quantised checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from freehold.errors import CheckpointError, ConfigError
 from freehold.headers import CheckpointIndex, TensorEntry
 from freehold.model.config import GlmConfig
 from freehold.model.names import SCALE_SUFFIX, TensorSpec, tensor_specs
+from freehold.model.storage_fp8 import BLOCK, Fp8Scheme, fp8_scheme, scale_shape
+from freehold.model.storage_groups import METHOD, PACKED, GroupScheme, group_problems, group_scheme
+from freehold.model.stored import Problem, StoredTensor
 
-BLOCK = 128  # rows and columns that share an FP8 scale
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_FP8_KEYS = {"quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert"}
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Scheme:
-    """An fp8 quantization_config of the one kind that is supported: E4M3, 128x128 blocks, dynamic activations.
-
-    Activations are not quantised here: weights are dequantised exactly, and products use the model's dtype.
-    """
-
-    modules_to_not_convert: frozenset[str]
-
-    def converts(self, spec: TensorSpec) -> bool:
-        """Whether a checkpoint written with this scheme stores the tensor as FP8."""
-        return spec.quantizable and module_of(spec.name) not in self.modules_to_not_convert
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as it lies on disk: `spec` itself, or (is_scale) the block scales of `spec`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
-    spec: TensorSpec
-    is_scale: bool = False
-
-
-def module_of(name: str) -> str:
-    """The module a tensor belongs to, as quantization_config names it: the name without `.weight`."""
-    return name.removesuffix(".weight")
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the block scales of a matrix; the last blocks may be ragged."""
-    return tuple(-(-size // BLOCK) for size in shape)
-
-
-def fp8_scheme(quantization: Mapping[str, Any] | None) -> Fp8Scheme | None:
-    """Parse config.json's quantization_config; None if there is none. Raises ConfigError for any other kind."""
+def quantization_scheme(quantization: Mapping[str, Any] | None) -> Fp8Scheme | GroupScheme | None:
+    """Parse config.json's quantization_config; None if there is none. Raises ConfigError for an unsupported kind."""
     if quantization is None:
         return None
     method = quantization.get("quant_method", quantization.get("quant_algo"))
-    if method != "fp8":
-        raise ConfigError(
-            f"quantization_config: quant_method {method!r} is not supported; "
-            "use the BF16 or the FP8 (block-scaled E4M3) build of the checkpoint"
-        )
-    unknown = sorted(set(quantization) - _FP8_KEYS)
-    if unknown:
-        raise ConfigError(f"quantization_config: unknown key {unknown[0]!r}; refusing to guess what it changes")
-    wanted = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
-    for key, value in wanted.items():
-        if quantization.get(key) != value:
-            raise ConfigError(f"quantization_config: {key} = {quantization.get(key)!r}; only {value!r} is supported")
-    modules = quantization.get("modules_to_not_convert") or ()
-    if isinstance(modules, str) or not all(isinstance(module, str) for module in modules):
-        raise ConfigError("quantization_config: modules_to_not_convert must be a list of module names")
-    return Fp8Scheme(frozenset(modules))
-
-
-def fp8_quantization(config: GlmConfig) -> dict[str, Any]:
-    """The quantization_config with which a checkpoint of this model stores every matrix that GLM-5.2-FP8 does."""
-    keep = [module_of(spec.name) for spec in tensor_specs(config) if not spec.quantizable]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": keep,
-    }
+    if method == "fp8":
+        return fp8_scheme(quantization)
+    if method == METHOD:
+        return group_scheme(quantization)
+    raise ConfigError(
+        f"quantization_config: quant_method {method!r} is not supported; use the BF16 build of the checkpoint, the FP8 "
+        f"one (block-scaled E4M3), or int8 or int4 in groups ({METHOD})"
+    )
 
 
 def stored_tensors(config: GlmConfig) -> Iterator[StoredTensor]:
     """Every tensor of a checkpoint of this config as published: 59,585 for GLM-5.2, 118,629 for GLM-5.2-FP8."""
-    scheme = fp8_scheme(config.quantization)
+    scheme = quantization_scheme(config.quantization)
     model_dtype = dtype_name(config.dtype)
     for spec in tensor_specs(config):
-        if scheme is not None and scheme.converts(spec):
+        form = scheme.format_of(spec) if isinstance(scheme, GroupScheme) else None
+        if form is not None:
+            yield from form.stored(spec)
+        elif isinstance(scheme, Fp8Scheme) and scheme.converts(spec):
             yield StoredTensor(spec.name, spec.shape, "F8_E4M3", spec)
             yield StoredTensor(spec.name + SCALE_SUFFIX, scale_shape(spec.shape), "F32", spec, is_scale=True)
         else:
@@ -112,24 +58,19 @@ def dtype_name(dtype: str) -> str:
         raise ConfigError(f"config.json: dtype = {dtype!r} is not supported (only {known})") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One way in which a checkpoint is not what its config says. kind is stable; message is one line."""
-
-    kind: str  # missing | unexpected | shape | dtype | quantization
-    name: str
-    message: str
-
-
 def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem]:
     """Compare a checkpoint's headers with the tensors its config calls for; nothing if every tensor has one use.
 
     An FP8 scale beside a weight decides that the weight is FP8; config.json must then declare that scheme.
     """
-    scheme = fp8_scheme(config.quantization)
+    scheme = quantization_scheme(config.quantization)
     used: set[str] = set()
     quantised = 0
     for spec in tensor_specs(config):
+        form = scheme.format_of(spec) if isinstance(scheme, GroupScheme) else None
+        if form is not None:
+            yield from group_problems(form, spec, index, used)
+            continue
         used.add(spec.name)
         entry = index.tensors.get(spec.name)
         scale = index.tensors.get(spec.name + SCALE_SUFFIX) if spec.name.endswith(".weight") else None
@@ -137,7 +78,9 @@ def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem
             used.add(scale.name)
             quantised += 1
         if entry is None:
-            yield Problem("missing", spec.name, f"{index.directory}: tensor {spec.name!r} is missing")
+            packed = index.tensors.get(spec.name + PACKED)
+            hint = "" if packed is None else f" ({packed.name!r} is there, but config.json does not declare it)"
+            yield Problem("missing", spec.name, f"{index.directory}: tensor {spec.name!r} is missing{hint}")
         elif entry.shape != spec.shape:
             message = f"{entry.file}: tensor {spec.name!r} has shape {list(entry.shape)}, expected {list(spec.shape)}"
             yield Problem("shape", spec.name, message)
@@ -147,10 +90,10 @@ def find_problems(config: GlmConfig, index: CheckpointIndex) -> Iterator[Problem
         if name not in used:
             message = f"{entry.file}: tensor {name!r} has no use in this model{_hint(name, config)}"
             yield Problem("unexpected", name, message)
-    if quantised and scheme is None:
-        message = f"{index.directory}: has FP8 block scales, but config.json has no quantization_config"
+    if quantised and not isinstance(scheme, Fp8Scheme):
+        message = f"{index.directory}: has FP8 block scales, but config.json does not declare FP8"
         yield Problem("quantization", "", message)
-    if scheme is not None and not quantised:
+    if isinstance(scheme, Fp8Scheme) and not quantised:
         message = f"{index.directory}: config.json declares FP8, but no tensor has a {SCALE_SUFFIX!r} scale"
         yield Problem("quantization", "", message)
 

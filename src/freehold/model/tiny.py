@@ -8,7 +8,6 @@ Needs numpy alone; FP8 checkpoints also need torch.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from freehold.errors import CheckpointError, DiskFull, InvalidRequest
-from freehold.headers import DTYPE_BITS, INDEX_NAME, SINGLE_NAME, encode_header
+from freehold.headers import INDEX_NAME, SINGLE_NAME, encode_header
 from freehold.model.checkpoint_files import (
     MANIFEST_NAME,
     Progress,
     atomic_write,
     read_manifest,
+    write_json,
     write_manifest,
-    write_text,
 )
 from freehold.model.config import GlmConfig
 from freehold.model.random_tensors import RandomTensors
+from freehold.model.shards import plan_shards, shard_name, tensor_bytes, write_index
 from freehold.model.sizes import size_config
-from freehold.model.storage import StoredTensor, fp8_quantization, stored_tensors
+from freehold.model.storage import quantization_scheme, stored_tensors
+from freehold.model.storage_fp8 import fp8_quantization
+from freehold.model.storage_groups import GroupScheme
 from freehold.model.tokenizer import TOY_RESERVED, Tokenizer
 
 MARKER_NAME = "freehold-tiny.json"  # says that this directory is ours to replace
@@ -91,12 +93,14 @@ def write_random_checkpoint(
     if fp8 and raw.get("quantization_config") is None:
         raw["quantization_config"] = fp8_quantization(GlmConfig.from_dict(raw))
     parsed = GlmConfig.from_dict(raw)
+    if isinstance(quantization_scheme(parsed.quantization), GroupScheme):
+        raise InvalidRequest("random checkpoints are BF16, FP16, FP32 or FP8; `freehold quantize` makes int8 and int4")
     tensors = list(stored_tensors(parsed))
-    total = sum(map(_nbytes, tensors))
+    total = sum(map(tensor_bytes, tensors))
     path = Path(directory)
     _prepare(path, total, force)
     marker = {"made_by": "freehold", "seed": seed, **(made or {})}
-    _write_json(path / MARKER_NAME, {**marker, "complete": False})
+    write_json(path / MARKER_NAME, {**marker, "complete": False})
     done = 0
 
     def wrote(count: int) -> None:
@@ -105,10 +109,10 @@ def write_random_checkpoint(
         if progress is not None:
             progress(done, total)
 
-    shards = _plan_shards(tensors, max_shard_bytes)
+    shards = plan_shards(tensors, max_shard_bytes)
     digests: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = shard_name(number, len(shards))
         with atomic_write(path / name) as file:
             file.write(encode_header(((t.name, t.dtype, t.shape) for t in shard), {"format": "pt"}))
             encoder = RandomTensors(parsed, seed)
@@ -117,17 +121,13 @@ def write_random_checkpoint(
                     file.write(piece)
                     wrote(len(piece))
             digests[name] = file.digest
-    if len(shards) > 1:
-        files = list(digests)
-        weight_map = {tensor.name: files[i] for i, shard in enumerate(shards) for tensor in shard}
-        ordered = dict(sorted(weight_map.items()))
-        _write_json(path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": ordered})
-    _write_json(path / "config.json", raw)
-    _write_json(path / "generation_config.json", _generation_config(raw))
+    write_index(path, shards)
+    write_json(path / "config.json", raw)
+    write_json(path / "generation_config.json", _generation_config(raw))
     if parsed.vocab_size >= 256 + TOY_RESERVED:
         Tokenizer.toy(parsed.vocab_size).save(path)
     write_manifest(path, digests)
-    _write_json(path / MARKER_NAME, {**marker, "complete": True})
+    write_json(path / MARKER_NAME, {**marker, "complete": True})
     return Written(path, len(tensors), total, len(shards))
 
 
@@ -174,29 +174,7 @@ def _remove_own(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def _plan_shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
-    """Fill shards in order; a weight and its scales stay together. A tensor larger than max_bytes is alone."""
-    shards: list[list[StoredTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        nbytes = _nbytes(tensor)
-        if shards[-1] and filled + nbytes > max_bytes and not tensor.is_scale:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += nbytes
-    return shards
-
-
-def _nbytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8
-
-
 def _generation_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """As published with GLM-5.2; the token ids are the config's."""
     kept = ("eos_token_id", "pad_token_id", "transformers_version")
     return {**{key: raw[key] for key in kept if key in raw}, "temperature": 1.0, "top_p": 0.95}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,16 +1,17 @@
 """Load a safetensors checkpoint into a model: mapped files, one tensor at a time, every tensor used exactly once.
 
 Files are mapped, never read whole and never unpickled; a tensor goes from the mapping straight into the parameter (or
-the view of one) that it belongs to, converted on the way. Private memory is that of the model plus one FP8 band.
+the view of one) that it belongs to, converted on the way. Private memory is that of the model plus one FP8 band, or the
+codes of one group-quantised matrix.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -18,16 +19,33 @@ from freehold.errors import CheckpointError
 from freehold.headers import CheckpointIndex, TensorEntry
 from freehold.model.checkpoint_files import Progress, verify_manifest
 from freehold.model.config import GlmConfig
+from freehold.model.group_quant import GroupQuantized, dequantize_groups_into, unpack_codes
 from freehold.model.names import SCALE_SUFFIX, tensor_specs
-from freehold.model.quant import dequantize_blocks
+from freehold.model.quant import BlockQuantized, dequantize_blocks
 from freehold.model.storage import check
+from freehold.model.storage_groups import PACKED, SCALE, SHAPE
 
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
+Source: TypeAlias = torch.Tensor | BlockQuantized | GroupQuantized
+"""A matrix as its file has it."""
+
+
+class Target(Protocol):
+    """A matrix of a model that is not a tensor: it takes what the file has and keeps it in a form of its own."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def load(self, source: Source) -> None:
+        """Take the weights. The source's tensors may be views of a file that is unmapped afterwards: copy them."""
+        ...
 
 
 class Loadable(Protocol):
@@ -35,8 +53,8 @@ class Loadable(Protocol):
 
     config: GlmConfig
 
-    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
-        """Published name -> the parameter, or view of one, that holds it."""
+    def checkpoint_tensors(self) -> Mapping[str, torch.Tensor | Target]:
+        """Published name -> the parameter, view of one, or target that holds it."""
         ...
 
 
@@ -45,7 +63,8 @@ def load_weights(
 ) -> CheckpointIndex:
     """Fill the model's tensors from a checkpoint directory, and return the checkpoint's index.
 
-    BF16, FP16, FP32 and block-scaled FP8 are converted to the dtype of each tensor of the model with one rounding.
+    BF16, FP16, FP32, block-scaled FP8, and int8 and int4 in groups are converted to the dtype of each tensor of the
+    model with one rounding; a target gets them as they are.
     progress is called with (bytes done, bytes of tensor data in all). verify first checks the SHA-256 manifest.
     Raises CheckpointError, before anything is loaded, for a missing, truncated or damaged file and for a missing,
     unexpected or mistyped tensor; ConfigError for a quantisation that is not supported.
@@ -60,9 +79,10 @@ def load_weights(
     for shard in index.shards:
         with _mapped(shard.path) as data:
             for entry in shard.tensors:
-                target = targets.get(entry.name)
-                if target is not None:  # else it is a scale, read with its weight
-                    _load(entry, data, target, index)
+                name = entry.name.removesuffix(PACKED)
+                target = targets.get(name)
+                if target is not None:  # else it is a scale or a shape, read with its weight
+                    _put(_source(name, entry, data, index), target, name)
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -70,34 +90,76 @@ def load_weights(
 
 
 def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One tensor of a checkpoint by its published name, dequantised if it is FP8; dtype defaults to the file's.
+    """One tensor of a checkpoint by its published name, dequantised if need be.
 
-    Raises CheckpointError if the checkpoint has no such tensor.
+    dtype defaults to the file's, and to bf16 for a quantised matrix. Raises CheckpointError if there is no such tensor.
     """
-    entry = index.tensors.get(name)
-    if entry is None:
-        raise CheckpointError(f"{index.directory}: no tensor {name!r}")
-    if dtype is None:
-        dtype = torch.bfloat16 if entry.dtype == "F8_E4M3" else _TORCH_DTYPES[entry.dtype]
-    target = torch.empty(entry.shape, dtype=dtype)
-    with _mapped(entry.file) as data:
-        _load(entry, data, target, index)
+    with open_tensor(index, name) as source:
+        stored = source.dtype if isinstance(source, torch.Tensor) else torch.bfloat16
+        target = torch.empty(source.shape, dtype=dtype or stored)
+        _put(source, target, name)
     return target
 
 
+@contextmanager
+def open_tensor(index: CheckpointIndex, name: str) -> Iterator[Source]:
+    """A tensor as its file has it, by its published name: a view of the file that must not be used afterwards."""
+    entry = index.tensors.get(name) or index.tensors.get(name + PACKED)
+    if entry is None:
+        raise CheckpointError(f"{index.directory}: no tensor {name!r}")
+    with _mapped(entry.file) as data:
+        yield _source(name, entry, data, index)
+
+
 @torch.no_grad()
-def _load(entry: TensorEntry, data: mmap.mmap, target: torch.Tensor, index: CheckpointIndex) -> None:
-    source = _view(entry, data)
-    if entry.dtype != "F8_E4M3":
-        target.copy_(source)
-        return
-    scale_entry = index.tensors[entry.name + SCALE_SUFFIX]
-    if scale_entry.file == entry.file:
-        scale = _view(scale_entry, data).clone()
+def _put(source: Source, target: torch.Tensor | Target, name: str) -> None:
+    if tuple(source.shape) != tuple(target.shape):  # a weight_shape that denies what the headers say
+        raise CheckpointError(f"tensor {name!r} is a matrix {list(source.shape)}, expected {list(target.shape)}")
+    if not isinstance(target, torch.Tensor):
+        target.load(source)
+    elif isinstance(source, BlockQuantized):
+        dequantize_blocks(source.weight_OI, source.scale_RC, target)
+    elif isinstance(source, GroupQuantized):
+        dequantize_groups_into(source, target)
     else:
-        with _mapped(scale_entry.file) as other:
-            scale = _view(scale_entry, other).clone()
-    dequantize_blocks(source, scale, target)
+        target.copy_(source)
+
+
+def _source(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIndex) -> Source:
+    """What the file has for `name`, partly as views of the mapping `data`. The headers have been checked."""
+    if entry.name != name:
+        return _grouped(name, entry, data, index)
+    if entry.dtype == "F8_E4M3":
+        return BlockQuantized(_view(entry, data), _companion(name + SCALE_SUFFIX, entry, data, index))
+    return _view(entry, data)
+
+
+def _grouped(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIndex) -> GroupQuantized:
+    scale_OG = _companion(name + SCALE, entry, data, index)
+    shape = _companion(name + SHAPE, entry, data, index).tolist()
+    packed_OW = _view(entry, data)
+    (rows, words), groups = packed_OW.shape, scale_OG.shape[1]
+    columns = shape[1] if len(shape) == 2 else 0
+    bits = next((bits for bits in (4, 8) if columns * bits == 32 * words), 0)
+    if not bits or not groups or shape[0] != rows or scale_OG.shape[0] != rows or columns % groups:
+        raise CheckpointError(
+            f"{entry.file}: tensor {name + SHAPE!r} says {shape}, which {entry.name!r} {list(packed_OW.shape)} with "
+            f"scales {list(scale_OG.shape)} is not"
+        )
+    if not bool(torch.isfinite(scale_OG).all()):
+        raise CheckpointError(f"{entry.file}: tensor {name + SCALE!r} has a scale that is NaN or infinite")
+    return GroupQuantized(unpack_codes(packed_OW, bits), scale_OG, bits, columns // groups)
+
+
+def _companion(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIndex) -> torch.Tensor:
+    """A copy of a tensor that belongs to `entry`, which is in the mapping `data`; it may be in another file."""
+    companion = index.tensors.get(name)
+    if companion is None:
+        raise CheckpointError(f"{entry.file}: tensor {entry.name!r} needs {name!r}, which is missing")
+    if companion.file == entry.file:
+        return _view(companion, data).clone()
+    with _mapped(companion.file) as other:
+        return _view(companion, other).clone()
 
 
 def _view(entry: TensorEntry, data: mmap.mmap) -> torch.Tensor:
@@ -127,14 +189,15 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
         data.close()
 
 
-def _check_targets(config: GlmConfig, targets: dict[str, torch.Tensor]) -> None:
+def _check_targets(config: GlmConfig, targets: Mapping[str, torch.Tensor | Target]) -> None:
     """The model must hold exactly the published tensors, in the published shapes."""
     specs = {spec.name: spec for spec in tensor_specs(config)}
     for name, target in targets.items():
         spec = specs.pop(name, None)
         if spec is None or tuple(target.shape) != spec.shape:
             raise CheckpointError(f"the model's tensor {name!r} {list(target.shape)} is not one that checkpoints have")
-        if spec.dtype == "float32" and target.dtype != torch.float32:
-            raise CheckpointError(f"the model keeps {name!r} as {target.dtype}; it must be float32")
+        if spec.dtype == "float32" and (not isinstance(target, torch.Tensor) or target.dtype != torch.float32):
+            kind = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
+            raise CheckpointError(f"the model keeps {name!r} as {kind}; it must be float32")
     if specs:
         raise CheckpointError(f"the model has no place for tensor {next(iter(specs))!r} of its checkpoint")

@@ -10,7 +10,7 @@ import torch
 
 from freehold.errors import CheckpointError
 from freehold.model.quant import dequantize_blocks, quantize_blocks, round_once
-from freehold.model.storage import scale_shape
+from freehold.model.storage_fp8 import scale_shape
 
 SHAPES = [(128, 128), (576, 6144), (448, 512), (1, 1), (127, 129), (130, 5), (3, 300)]
 PRECISION = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149)}  # bits, least exponent

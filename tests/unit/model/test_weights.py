@@ -21,7 +21,7 @@ from freehold.model.glm import Glm
 from freehold.model.names import tensor_specs
 from freehold.model.quant import dequantize_blocks
 from freehold.model.sizes import size_config
-from freehold.model.storage import fp8_quantization
+from freehold.model.storage_fp8 import fp8_quantization
 from freehold.model.tiny import make_tiny, write_random_checkpoint
 from freehold.model.weights import load_weights, read_tensor
 

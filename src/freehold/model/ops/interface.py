@@ -16,6 +16,13 @@ from torch import Tensor
 
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
+from freehold.model.packed import PackedHeads, PackedWeight
+
+Weight = Tensor | PackedWeight
+"""A matrix [O, I], or a stack of them, as a tensor or packed for the native kernels."""
+
+HeadWeights = Tensor | PackedHeads
+"""kv_b [N · (nope + v), V]: per head its rows of W_UK, then those of W_UV."""
 
 
 class Ops(Protocol):
@@ -23,11 +30,11 @@ class Ops(Protocol):
 
     name: str
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    def linear(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
         """x Wᵀ (+ b), in x's dtype: [T, O]."""
         ...
 
-    def linear_fp32(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    def linear_fp32(self, x_TI: Tensor, weight_OI: Weight) -> Tensor:
         """x Wᵀ computed and returned in fp32, whatever the inputs' dtype: fp32 [T, O]."""
         ...
 
@@ -66,14 +73,14 @@ class Ops(Protocol):
         """
         ...
 
-    def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
+    def swiglu(self, x_TH: Tensor, gate_IH: Weight, up_IH: Weight, down_HI: Weight) -> Tensor:
         """down(silu(gate(x)) · up(x)): [T, H]."""
         ...
 
     def route(
         self,
         x_TH: Tensor,
-        weight_EH: Tensor,
+        weight_EH: Weight,
         bias_E: Tensor,
         *,
         top_k: int,
@@ -90,7 +97,7 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Weight, down_EHI: Weight
     ) -> Tensor:
         """Σ_x weights · Expert_ids(x): [T, H]. gate_up has the gate's rows first, [E, 2I, H]."""
         ...
@@ -113,14 +120,14 @@ class Ops(Protocol):
         """
         ...
 
-    def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+    def absorb(self, query_RNC: Tensor, kv_b_OV: HeadWeights, nope: int) -> Tensor:
         """Queries in latent space: [q[:nope] · W_UK of the head, the rest as it is], [R, N, L].
 
         kv_b has, per head, `nope` rows of W_UK and then those of W_UV.
         """
         ...
 
-    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: HeadWeights, nope: int) -> Tensor:
         """Mixed latents to values, by each head's W_UV: [R, N, v_head_dim]."""
         ...
 
@@ -137,7 +144,7 @@ class Ops(Protocol):
         self,
         query_TNC: Tensor,
         latent_SL: Tensor,
-        kv_b_OV: Tensor,
+        kv_b_OV: HeadWeights,
         span: Span,
         block_size: int,
         nope: int,

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 """Must equal kInterfaceVersion in native/api.h."""
 
 ISAS = ("avx512bf16", "avx512", "avx2")
@@ -25,22 +25,23 @@ _TYPES: dict[str, Any] = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
 
 # Arguments after the context: p pointer, l int64, i int, f float.
 _SIGNATURES = {
-    "linear": "ipl pll pl ll p",
-    "swiglu": "p pll pl pl l pl l",
-    "experts": "p pll p p l l pl pl l l",
-    "route": "p p pll pl l p l l i f",
+    "product": "pli pll p p",
+    "swiglu": "p pll p p p",
+    "experts": "p pll p p l l l p p",
+    "route": "p p p l p l l i f",
     "norm": "p pll l p p f",
     "rope": "p pll l l l l l p p i",
-    "write": "pl p pl l l l p p f l l p p i",
-    "write8": "plp p pl l l l p p f l l p p i",
+    "write": "plp p pl l l l p p f l l p p i",
     "select": "pl pll pl l l l plp p l l l",
     "attend": "p pll l l pl l l p l l l f",
-    "absorb": "p pll l l l l pl l l",
-    "unabsorb": "p p l l l l l pl",
+    "absorb": "p pll l l l p",
+    "unabsorb": "p p l l p",
+    "layers": "p p l p",
+    "clock": "p",
 }
 
 # Calls of a few microseconds keep the interpreter lock: giving it up and asking for it back would cost more.
-_SHORT = frozenset({"norm", "rope", "write", "write8", "route", "absorb", "unabsorb"})
+_SHORT = frozenset({"norm", "rope", "write", "route", "absorb", "unabsorb"})
 
 
 class NativeUnavailable(Exception):
@@ -101,18 +102,19 @@ class Native:
             function.restype = _INT
             return function
 
-        self.linear = bind("linear")
+        self.product = bind("product")
         self.swiglu = bind("swiglu")
         self.experts = bind("experts")
         self.route = bind("route")
         self.norm = bind("norm")
         self.rope = bind("rope")
         self.write = bind("write")
-        self.write8 = bind("write8")
         self.select = bind("select")
         self.attend = bind("attend")
         self.absorb = bind("absorb")
         self.unabsorb = bind("unabsorb")
+        self.layers = bind("layers")
+        self.clock = bind("clock")
 
 
 def signatures() -> Sequence[str]:

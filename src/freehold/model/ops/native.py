@@ -11,14 +11,17 @@ inputs as zero, which is far below fp32 rounding of such sums. Shape suffixes as
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
+from freehold.model.ops.interface import HeadWeights, Weight
 from freehold.model.ops.library import Native
 from freehold.model.ops.reference import ReferenceOps
+from freehold.model.packed import PANEL, PackedWeight
 
 DEFAULT_THREADS = torch.get_num_threads()
 """What torch found when this module was first imported: one a core, or OMP_NUM_THREADS."""
@@ -28,8 +31,7 @@ SMALL_ROWS = 16
 
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _NO_SCRATCH = "a native kernel could not allocate its scratch memory"
-_MOST_CHOSEN = 64  # experts a token may have, and
-_MOST_NOPE = 512  # rows of W_UK: sizes of arrays in the kernels
+_MOST_CHOSEN = 64  # experts a token may have: the size of an array in the kernels
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -54,56 +56,62 @@ class NativeOps(ReferenceOps):
 
     # -- projections ---------------------------------------------------------------------------------------------------
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        dtype = x_TI.dtype
-        if (
-            (dtype is not _BF16 and (dtype is not _FP32 or x_TI.shape[0] > SMALL_ROWS))
-            or weight_OI.dtype is not dtype
-            or (bias_O is not None and (bias_O.dtype is not dtype or bias_O.stride(0) != 1))
-            or x_TI.dim() != 2
-        ):
-            return F.linear(x_TI, weight_OI, bias_O)
-        return self._linear(0 if dtype is _BF16 else 2, x_TI, weight_OI, bias_O, dtype)
+    def linear(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
+        if isinstance(weight_OI, Tensor) or x_TI.dtype is not _BF16 or x_TI.dim() != 2:
+            return super().linear(x_TI, weight_OI, bias_O)
+        return self._product(x_TI, weight_OI, bias_O, _BF16)
 
-    def linear_fp32(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        if x_TI.dtype is not _BF16 or weight_OI.dtype is not _BF16 or x_TI.dim() != 2:
+    def linear_fp32(self, x_TI: Tensor, weight_OI: Weight) -> Tensor:
+        if isinstance(weight_OI, Tensor) or x_TI.dtype is not _BF16 or x_TI.dim() != 2:
             return super().linear_fp32(x_TI, weight_OI)
-        return self._linear(1, x_TI, weight_OI, None, _FP32)
+        return self._product(x_TI, weight_OI, None, _FP32)
 
-    def _linear(self, kind: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        # The call that is made most often: what it costs in Python shows.
+    def _product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         rows, inner = x.shape
-        outputs, expected = weight.shape
-        (x_row, x_step), (weight_row, weight_step) = x.stride(), weight.stride()
-        if x_step != 1:
-            x = x.contiguous()
-            x_row = x.stride(0)
-        if weight_step != 1:
-            weight = weight.contiguous()
-            weight_row = weight.stride(0)
-        if inner != expected:
-            raise ValueError(f"inputs have {inner} values and weights {expected}")
-        out = torch.empty((rows, outputs), dtype=dtype)
-        if self._native.linear(
-            self._context, kind, out.data_ptr(), outputs, x.data_ptr(), x_row, rows,
-            weight.data_ptr(), weight_row, outputs, inner, None if bias is None else bias.data_ptr(),
+        x = _dense(x)
+        if inner != weight.inner:
+            raise ValueError(f"inputs have {inner} values and weights {weight.inner}")
+        out = torch.empty((rows, weight.outputs), dtype=dtype)
+        if self._native.product(
+            self._context, out.data_ptr(), weight.outputs, dtype is _FP32, x.data_ptr(), x.stride(0), rows,
+            weight.handle, None if bias is None else bias.data_ptr(),
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return out
 
-    def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
+    def swiglu(self, x_TH: Tensor, gate_IH: Weight, up_IH: Weight, down_HI: Weight) -> Tensor:
         rows = x_TH.shape[0]
-        if x_TH.dtype is not _BF16 or x_TH.dim() != 2 or rows == 0:
+        if (
+            isinstance(gate_IH, Tensor)
+            or isinstance(up_IH, Tensor)
+            or isinstance(down_HI, Tensor)
+            or gate_IH.kind != up_IH.kind
+            or x_TH.dtype is not _BF16
+            or x_TH.dim() != 2
+            or rows == 0
+        ):
             return super().swiglu(x_TH, gate_IH, up_IH, down_HI)
-        x, gate, up, down = _dense(x_TH), _dense(gate_IH), _dense(up_IH), _dense(down_HI)
-        width, hidden = gate.shape
-        out = torch.empty((rows, hidden), dtype=_BF16)
+        x = _dense(x_TH)
+        out = torch.empty((rows, down_HI.outputs), dtype=_BF16)
         if self._native.swiglu(
-            self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, gate.data_ptr(), gate.stride(0),
-            up.data_ptr(), up.stride(0), width, down.data_ptr(), down.stride(0), hidden,
+            self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows,
+            gate_IH.handle, up_IH.handle, down_HI.handle,
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return out
+
+    # -- whole layers --------------------------------------------------------------------------------------------------
+
+    def run_layers(self, sizes: int, weights: int, count: int, step: int) -> None:
+        """fh_layers(): the addresses are those of the structures of native/layers.h. `fused.FusedLayers` calls it."""
+        if self._native.layers(self._context, sizes, weights, count, step):
+            raise MemoryError(_NO_SCRATCH)
+
+    def seconds_by_part(self) -> list[float]:
+        """Seconds that `run_layers` spent since this was last asked, in the order of `fused.PARTS`."""
+        seconds = (ctypes.c_double * 7)()
+        self._native.clock(self._context, ctypes.addressof(seconds))
+        return list(seconds)
 
     # -- norms and rotary embedding ------------------------------------------------------------------------------------
 
@@ -169,17 +177,12 @@ class NativeOps(ReferenceOps):
             )
         x = _dense(x_TC)
         rows, size = x.shape
-        norm_and_rope = (
-            slots_T.data_ptr(), x.data_ptr(), x.stride(0),
+        scales = cache_SC.scales_S.data_ptr() if isinstance(cache_SC, Fp8Keys) else None
+        if self._native.write(
+            self._context, stored.data_ptr(), stored.stride(0), scales, slots_T.data_ptr(), x.data_ptr(), x.stride(0),
             rows, size, weight_A.shape[0], weight_A.data_ptr(), None if bias_A is None else bias_A.data_ptr(), eps,
             first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
-        )  # fmt: skip
-        where = (self._context, stored.data_ptr(), stored.stride(0))
-        if isinstance(cache_SC, Fp8Keys):
-            failed = self._native.write8(*where, cache_SC.scales_S.data_ptr(), *norm_and_rope)
-        else:
-            failed = self._native.write(*where, *norm_and_rope)
-        if failed:
+        ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return None
 
@@ -188,7 +191,7 @@ class NativeOps(ReferenceOps):
     def route(
         self,
         x_TH: Tensor,
-        weight_EH: Tensor,
+        weight_EH: Weight,
         bias_E: Tensor,
         *,
         top_k: int,
@@ -197,42 +200,41 @@ class NativeOps(ReferenceOps):
         normalise: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        if n_group > 1 or x_TH.dtype is not _BF16 or weight_EH.dtype is not _BF16 or bias_E.dtype is not _FP32:
+        if n_group > 1 or isinstance(weight_EH, Tensor) or x_TH.dtype is not _BF16 or bias_E.dtype is not _FP32:
             return super().route(
                 x_TH, weight_EH, bias_E,
                 top_k=top_k, n_group=n_group, topk_group=topk_group, normalise=normalise, scale=scale,
             )  # fmt: skip
-        x, weight = _dense(x_TH), _dense(weight_EH)
-        rows, hidden = x.shape
+        scores_TE = self._product(x_TH, weight_EH, None, _FP32)
+        rows, experts = scores_TE.shape
         ids_TX = torch.empty((rows, top_k), dtype=_INT64)
         weights_TX = torch.empty((rows, top_k), dtype=_FP32)
         if self._native.route(
-            self._context, ids_TX.data_ptr(), weights_TX.data_ptr(), x.data_ptr(), x.stride(0), rows,
-            weight.data_ptr(), weight.stride(0), hidden, bias_E.data_ptr(), weight.shape[0], top_k, normalise, scale,
+            self._context, ids_TX.data_ptr(), weights_TX.data_ptr(), scores_TE.data_ptr(), rows,
+            bias_E.data_ptr(), experts, top_k, normalise, scale,
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return ids_TX, weights_TX
 
     def experts(
-        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Weight, down_EHI: Weight
     ) -> Tensor:
         rows, chosen = ids_TX.shape
         if (
-            x_TH.dtype is not _BF16
-            or gate_up_EIH.dtype is not _BF16
+            isinstance(gate_up_EIH, Tensor)
+            or isinstance(down_EHI, Tensor)
+            or x_TH.dtype is not _BF16
             or chosen > _MOST_CHOSEN
             or rows == 0
-            or not (gate_up_EIH.is_contiguous() and down_EHI.is_contiguous())
+            or down_EHI.inner % PANEL
             or not (ids_TX.is_contiguous() and weights_TX.is_contiguous())
         ):
             return super().experts(x_TH, ids_TX, weights_TX, gate_up_EIH, down_EHI)
         x = _dense(x_TH)
-        experts, hidden, width = down_EHI.shape
-        out = torch.empty((rows, hidden), dtype=_BF16)
+        out = torch.empty((rows, down_EHI.outputs), dtype=_BF16)
         if self._native.experts(
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, ids_TX.data_ptr(), weights_TX.data_ptr(),
-            chosen, experts, gate_up_EIH.data_ptr(), 2 * width * hidden, down_EHI.data_ptr(), hidden * width,
-            hidden, width,
+            chosen, down_EHI.count, down_EHI.inner, gate_up_EIH.handle, down_EHI.handle,
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return out
@@ -274,32 +276,27 @@ class NativeOps(ReferenceOps):
             row += span.length
         return out
 
-    def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+    def absorb(self, query_RNC: Tensor, kv_b_OV: HeadWeights, nope: int) -> Tensor:
         rows, heads, size = query_RNC.shape
-        if query_RNC.dtype is not _BF16 or kv_b_OV.dtype is not _BF16 or nope > _MOST_NOPE:
+        if query_RNC.dtype is not _BF16 or isinstance(kv_b_OV, Tensor):
             return super().absorb(query_RNC, kv_b_OV, nope)
-        query, kv_b = _dense(query_RNC), _dense(kv_b_OV)
-        rank = kv_b.shape[1]
+        query, up_key = _dense(query_RNC), kv_b_OV.up_key
         query_row, query_head, _ = query.stride()
-        out = torch.empty((rows, heads, rank + size - nope), dtype=_BF16)
+        out = torch.empty((rows, heads, up_key.outputs + size - nope), dtype=_BF16)
         if self._native.absorb(
-            self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads, nope, size - nope,
-            kv_b.data_ptr(), kv_b.stride(0), kv_b.shape[0] // heads - nope, rank,
+            self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads, size - nope,
+            up_key.handle,
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return out
 
-    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
-        rows, heads, rank = mixed_RNV.shape
-        if mixed_RNV.dtype is not _BF16 or kv_b_OV.dtype is not _BF16:
+    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: HeadWeights, nope: int) -> Tensor:
+        rows, heads, _ = mixed_RNV.shape
+        if mixed_RNV.dtype is not _BF16 or isinstance(kv_b_OV, Tensor):
             return super().unabsorb(mixed_RNV, kv_b_OV, nope)
-        mixed, kv_b = mixed_RNV.contiguous(), _dense(kv_b_OV)
-        value = kv_b.shape[0] // heads - nope
-        out = torch.empty((rows, heads, value), dtype=_BF16)
-        if self._native.unabsorb(
-            self._context, out.data_ptr(), mixed.data_ptr(), rows, heads, nope, value, rank,
-            kv_b.data_ptr(), kv_b.stride(0),
-        ):  # fmt: skip
+        mixed, up_value = mixed_RNV.contiguous(), kv_b_OV.up_value
+        out = torch.empty((rows, heads, up_value.outputs), dtype=_BF16)
+        if self._native.unabsorb(self._context, out.data_ptr(), mixed.data_ptr(), rows, heads, up_value.handle):
             raise MemoryError(_NO_SCRATCH)
         return out
 
@@ -315,18 +312,18 @@ class NativeOps(ReferenceOps):
         self,
         query_TNC: Tensor,
         latent_SL: Tensor,
-        kv_b_OV: Tensor,
+        kv_b_OV: HeadWeights,
         span: Span,
         block_size: int,
         nope: int,
         scale: float,
     ) -> Tensor:
         """In the absorbed form too: it skips what lies ahead of a row and needs no keys and values of every head."""
-        if query_TNC.dtype is not _BF16 or latent_SL.dtype is not _BF16 or nope > _MOST_NOPE:
+        if query_TNC.dtype is not _BF16 or latent_SL.dtype is not _BF16 or isinstance(kv_b_OV, Tensor):
             return super().dense_attention(query_TNC, latent_SL, kv_b_OV, span, block_size, nope, scale)
         query_RNL = self.absorb(query_TNC[span.row : span.row + span.length], kv_b_OV, nope)
         slots = span.slots_P(block_size)
-        mixed = self._attend(query_RNL, _dense(latent_SL), slots, 0, span.start, kv_b_OV.shape[1], scale)
+        mixed = self._attend(query_RNL, _dense(latent_SL), slots, 0, span.start, kv_b_OV.up_key.outputs, scale)
         return self.unabsorb(mixed, kv_b_OV, nope)
 
     def _attend(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
+from freehold.model.ops.interface import HeadWeights, Weight
 
 # Elements of the largest temporary: bounds memory, and keeps blocks of work near the cache.
 _SCORE_BLOCK = 1 << 22
@@ -23,11 +24,11 @@ class ReferenceOps:
 
     name = "reference"
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        return F.linear(x_TI, weight_OI, bias_O)
+    def linear(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(x_TI, plain(weight_OI, x_TI.dtype), bias_O)
 
-    def linear_fp32(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return F.linear(x_TI.float(), weight_OI.float())
+    def linear_fp32(self, x_TI: Tensor, weight_OI: Weight) -> Tensor:
+        return F.linear(x_TI.float(), plain(weight_OI, torch.float32).float())
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         x = x_TH.float()
@@ -74,13 +75,14 @@ class ReferenceOps:
         else:
             cache_SC[slots_T] = x_TC.to(cache_SC.dtype)
 
-    def swiglu(self, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x_TH, gate_IH)) * F.linear(x_TH, up_IH), down_HI)
+    def swiglu(self, x_TH: Tensor, gate_IH: Weight, up_IH: Weight, down_HI: Weight) -> Tensor:
+        gated = F.silu(self.linear(x_TH, gate_IH)) * self.linear(x_TH, up_IH)
+        return self.linear(gated, down_HI)
 
     def route(
         self,
         x_TH: Tensor,
-        weight_EH: Tensor,
+        weight_EH: Weight,
         bias_E: Tensor,
         *,
         top_k: int,
@@ -104,18 +106,18 @@ class ReferenceOps:
         return ids_TX, weights_TX * scale
 
     def experts(
-        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+        self, x_TH: Tensor, ids_TX: Tensor, weights_TX: Tensor, gate_up_EIH: Weight, down_EHI: Weight
     ) -> Tensor:
         # Rows are sorted by expert, each expert sees its rows once, and every token sums its experts in one order.
         tokens, chosen = ids_TX.shape
         order = torch.argsort(ids_TX.flatten(), stable=True)
-        counts = torch.bincount(ids_TX.flatten(), minlength=gate_up_EIH.shape[0]).tolist()
+        counts = torch.bincount(ids_TX.flatten(), minlength=down_EHI.shape[0]).tolist()
         rows = x_TH[order // chosen]
         parts = []
         for expert, part in enumerate(torch.split(rows, counts)):
             if part.shape[0]:
-                gate, up = F.linear(part, gate_up_EIH[expert]).chunk(2, dim=-1)
-                parts.append(F.linear(F.silu(gate) * up, down_EHI[expert]))
+                gate, up = F.linear(part, one_of(gate_up_EIH, expert, part.dtype)).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, one_of(down_EHI, expert, part.dtype)))
         out = torch.empty(tokens * chosen, x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
         out = out.index_copy(0, order, torch.cat(parts)) if parts else out
         weighted = out.view(tokens, chosen, -1).float() * weights_TX[..., None]
@@ -179,13 +181,15 @@ class ReferenceOps:
             found.append(stable_topk(scores, topk))
         return torch.cat(found)
 
-    def absorb(self, query_RNC: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+    def absorb(self, query_RNC: Tensor, kv_b_OV: HeadWeights, nope: int) -> Tensor:
+        kv_b_OV = plain(kv_b_OV, query_RNC.dtype)
         query_nope, query_rope = torch.split(query_RNC, [nope, query_RNC.shape[-1] - nope], dim=-1)
         up_key_NAV = kv_b_OV.view(query_RNC.shape[1], -1, kv_b_OV.shape[1])[:, :nope]
         absorbed_RNV = torch.matmul(query_nope.transpose(0, 1), up_key_NAV).transpose(0, 1)
         return torch.cat((absorbed_RNV, query_rope), dim=-1)
 
-    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: Tensor, nope: int) -> Tensor:
+    def unabsorb(self, mixed_RNV: Tensor, kv_b_OV: HeadWeights, nope: int) -> Tensor:
+        kv_b_OV = plain(kv_b_OV, mixed_RNV.dtype)
         up_value_NOV = kv_b_OV.view(mixed_RNV.shape[1], -1, kv_b_OV.shape[1])[:, nope:]
         return torch.matmul(mixed_RNV.transpose(0, 1), up_value_NOV.transpose(1, 2)).transpose(0, 1)
 
@@ -208,12 +212,13 @@ class ReferenceOps:
         self,
         query_TNC: Tensor,
         latent_SL: Tensor,
-        kv_b_OV: Tensor,
+        kv_b_OV: HeadWeights,
         span: Span,
         block_size: int,
         nope: int,
         scale: float,
     ) -> Tensor:
+        kv_b_OV = plain(kv_b_OV, query_TNC.dtype)
         heads, rank = query_TNC.shape[1], kv_b_OV.shape[1]
         latent = latent_SL[span.slots_P(block_size)]  # [P, L]
         expanded = F.linear(latent[:, :rank], kv_b_OV).view(span.end, heads, -1)  # [P, N, nope + v]
@@ -226,6 +231,16 @@ class ReferenceOps:
         ahead = torch.arange(span.end, device=scores.device) > positions[:, None]
         weights = torch.softmax(scores.masked_fill(ahead, float("-inf")), dim=-1).to(query.dtype)
         return torch.matmul(weights, values).transpose(0, 1)
+
+
+def plain(weight: Weight | HeadWeights, dtype: torch.dtype) -> Tensor:
+    """A weight as a tensor: itself, or dequantised to dtype."""
+    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
+
+
+def one_of(weight: Weight, index: int, dtype: torch.dtype) -> Tensor:
+    """One matrix of a stack."""
+    return weight[index] if isinstance(weight, Tensor) else weight.dequantize(index, dtype)
 
 
 def stable_topk(scores: Tensor, k: int) -> Tensor:

@@ -1,0 +1,38 @@
+// A weight matrix as the kernels hold it: panels of 16 outputs, in bf16 or in codes with a scale for each group.
+//
+// Python packs it (freehold/model/packed.py) and passes its address, so the struct's layout is part of the interface.
+// A panel is a run of chunks of 8 inputs; within a chunk values are ordered [input pair][output][2], so that one vector
+// register holds an input pair of every output. Codes of 4 bits are ordered [output][2][input pair], one 16-bit word
+// for each (output, parity) with pair j in bits 4j .. 4j + 3; the code is the value + 8. inner is a multiple of 32,
+// missing outputs of the last panel are zeros. Scales are [panel][group][16], bf16 for integers and fp32 for FP8.
+#pragma once
+
+#include <cstdint>
+
+namespace freehold {
+
+constexpr int64_t kPanel = 16, kChunk = 8;
+
+enum class Kind : int64_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3 };
+
+struct Matrix {
+  const uint8_t* codes;
+  const void* scales;  // null for bf16
+  int64_t outputs, inner, group;
+  Kind kind;
+
+  int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t groups() const { return (inner + group - 1) / group; }
+  int64_t panel_bytes() const { return inner * kPanel * (kind == Kind::kBf16 ? 16 : kind == Kind::kInt4 ? 4 : 8) / 8; }
+  const uint8_t* panel(int64_t p) const { return codes + p * panel_bytes(); }
+
+  // A matrix of `outputs` that begins at panel `first` of this one: an expert or a head of a stack.
+  Matrix part(int64_t first, int64_t count) const {
+    const int64_t scale_bytes = kind == Kind::kFp8 ? 4 : 2;
+    const char* scale = static_cast<const char*>(scales);
+    return {codes + first * panel_bytes(), scale == nullptr ? nullptr : scale + first * groups() * kPanel * scale_bytes,
+            count, inner, group, kind};
+  }
+};
+
+}  // namespace freehold
