@@ -37,7 +37,10 @@ struct Selection {
   int64_t slot(int64_t position) const {
     return args.table[position / args.block_size] * args.block_size + position % args.block_size;
   }
-  int64_t packed_bytes() const { return (c.kernels.select_tile * (args.dim + 1) * 2 + 63) / 64 * 64; }
+  int64_t score_bytes() const {
+    return freehold::SelectScratch(c.kernels.select_tile, smaller(rows, freehold::kSelectRows), args.heads, args.dim)
+        .bytes();
+  }
 
   // Rows that see no more than topk positions take them all. Returns how many there are.
   int64_t take_all() const {
@@ -60,14 +63,14 @@ struct Selection {
   // Many rows: parts are tiles of rows, the longest first.
   void by_rows(int64_t first_row, int64_t tiles) const {
     const Room room(args.topk);
-    c.prepare(packed_bytes() + freehold::kSelectRows * room.bytes());
+    c.prepare(score_bytes() + freehold::kSelectRows * room.bytes());
     c.pool.each(tiles, [&](int64_t part, int worker) {
       const int64_t row = first_row + (tiles - 1 - part) * freehold::kSelectRows;
       const int64_t n = smaller(freehold::kSelectRows, rows - row);
       char* memory = c.scratch(worker);
       Candidates best[freehold::kSelectRows];
-      for (int64_t r = 0; r < n; ++r) best[r] = room.at(memory + packed_bytes() + r * room.bytes());
-      c.kernels.score(args, row, n, 0, args.start + row + n, best, reinterpret_cast<bf16*>(memory));
+      for (int64_t r = 0; r < n; ++r) best[r] = room.at(memory + score_bytes() + r * room.bytes());
+      c.kernels.score(args, row, n, 0, args.start + row + n, best, memory);
       for (int64_t r = 0; r < n; ++r) {
         c.kernels.keep(best[r], args.topk);
         write(row + r, best[r]);
@@ -81,7 +84,7 @@ struct Selection {
     const int64_t step = c.kernels.select_tile, keys = args.start + rows, tiles = (keys + step - 1) / step;
     const int64_t left = rows - first_row, row_tiles = (left + freehold::kSelectRows - 1) / freehold::kSelectRows;
     const Room merged(ranges * args.topk);
-    c.prepare(packed_bytes());
+    c.prepare(score_bytes());
     char* memory = c.shared.get(left * (ranges * room.bytes() + int64_t(sizeof(Candidates)) * ranges) + merged.bytes());
     char* headers = memory + left * ranges * room.bytes() + merged.bytes();
     auto* best = reinterpret_cast<Candidates*>(headers);  // [range][row]
@@ -92,7 +95,7 @@ struct Selection {
       const int64_t begin = tiles * range / ranges * step, end = tiles * (range + 1) / ranges * step;
       Candidates* mine = best + range * left + row;
       c.kernels.score(args, first_row + row, n, begin, smaller(end, args.start + first_row + row + n), mine,
-                      reinterpret_cast<bf16*>(c.scratch(worker)));
+                      c.scratch(worker));
       for (int64_t r = 0; r < n; ++r) c.kernels.keep(mine[r], args.topk);
     });
     for (int64_t row = 0; row < left; ++row) {
@@ -124,7 +127,9 @@ struct Selection {
 namespace freehold {
 
 void select(Context& c, const SelectArgs& args, int64_t* out, int64_t out_row, int64_t rows) {
-  Selection{c, args, out, out_row, rows}.run();
+  SelectArgs chosen = args;
+  chosen.few = rows <= kSelectRows;
+  Selection{c, chosen, out, out_row, rows}.run();
 }
 
 void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows) {
@@ -165,7 +170,7 @@ void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows) {
 }
 
 void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
-  c.prepare(a.size * 2);
+  c.prepare(a.size * 4 + 4);
   c.ranges(a.rows, 1, a.size * 8, [&](int64_t begin, int64_t end, int worker) {
     bf16* values = reinterpret_cast<bf16*>(c.scratch(worker));
     for (int64_t row = begin; row < end; ++row) {
@@ -174,7 +179,13 @@ void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
       // One row at a time from its own buffer, hence the tables are moved to the row.
       const RopeArgs rope{values, 0, 0, 1, a.size, a.first, a.dims, a.cos + row * (a.dims / 2),
                           a.sin + row * (a.dims / 2), a.interleaved};
-      c.kernels.rope(rope, 0, a.cache + a.slots[row] * a.cache_row, 0);
+      const int64_t slot = a.slots[row], at = slot * a.cache_row;
+      if (a.scales == nullptr) {
+        c.kernels.rope(rope, 0, static_cast<bf16*>(a.cache) + at, 0);
+      } else {
+        c.kernels.rope(rope, 0, values + a.size, 0);
+        a.scales[slot] = c.kernels.quantise(values + a.size, a.size, static_cast<uint8_t*>(a.cache) + at);
+      }
     }
   });
 }
@@ -183,10 +194,11 @@ void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
 
 int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row, int64_t query_head,
               const float* weight, int64_t weight_row, int64_t rows, int64_t heads, int64_t dim, const void* keys,
-              int64_t keys_row, const int64_t* table, int64_t block_size, int64_t start, int64_t topk) {
+              int64_t keys_row, const float* scales, const int64_t* table, int64_t block_size, int64_t start,
+              int64_t topk) {
   return freehold::call(context, [&](Context& c) {
     const SelectArgs args{static_cast<const bf16*>(query), query_row, query_head, weight, weight_row, heads, dim,
-                          static_cast<const bf16*>(keys), keys_row, table, block_size, start, topk};
+                          keys, keys_row, scales, table, block_size, start, topk};
     freehold::select(c, args, out, out_row, rows);
   });
 }

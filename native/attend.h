@@ -5,7 +5,7 @@
 
 namespace freehold {
 
-// Slots of the rows' best positions, -1 after the last: out[row · out_row ..].
+// Slots of the rows' best positions, -1 after the last: out[row · out_row ..]. args.few is set here.
 void select(Context& c, const SelectArgs& args, int64_t* out, int64_t out_row, int64_t rows);
 
 // out [rows, heads, rank], contiguous.
@@ -13,8 +13,9 @@ void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows);
 
 // cache[slots[r]] = the row's normed values and then the others, `dims` of them from `first` rotated.
 struct WriteArgs {
-  bf16* cache;
+  void* cache;  // bf16; FP8 E4M3 if there are scales
   int64_t cache_row;
+  float* scales;  // null, or one for each slot
   const int64_t* slots;
   int64_t rows, size, first, dims;
   const float *cos, *sin;

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "dot.h"
+#include "fp8.h"
 #include "gemm.h"
 #include "panel.h"
 #include "rows.h"
@@ -19,7 +20,7 @@ namespace freehold {
 extern const Kernels FH_JOIN(kernels_, FH_ISA);
 const Kernels FH_JOIN(kernels_, FH_ISA) = {
     FH_TEXT(FH_ISA), W, ::kTile, ::product, ::gated, ::gemm, ::gemm_gated, ::combine, ::accumulate, ::attend, ::merge, ::finish,
-    ::score,         ::keep,  ::norm,   ::rope,    ::route,
+    ::score,         ::keep,  ::quantise, ::norm, ::rope, ::route,
 };
 
 }  // namespace freehold

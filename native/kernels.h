@@ -58,10 +58,12 @@ struct SelectArgs {
   int64_t query_row, query_head;
   const float* weight;
   int64_t weight_row, heads, dim;
-  const bf16* keys;
-  int64_t keys_stride;
+  const void* keys;     // bf16; FP8 E4M3 if there are scales
+  int64_t keys_stride;  // in elements
+  const float* scales;  // null, or one for each slot: multiplies the scores of its key
   const int64_t* table;
   int64_t block_size, start, topk;
+  bool few = false;  // at most kSelectRows rows in all: another order of sums, the same for each such number of rows
 };
 // The best so far of one row, in order of position. Keys sort like the scores; NaN is the largest.
 struct Candidates {
@@ -73,6 +75,18 @@ struct Candidates {
 };
 constexpr int64_t kSelectRows = 16;    // rows that share one packing of the keys
 constexpr int64_t kSelectSlack = 128;  // room beyond `capacity` for a whole tile
+
+// Bytes that `score` works in: a tile of keys as bf16, the same transposed, their scales, and the queries rearranged.
+struct SelectScratch {
+  int64_t staged, packed, scales, queries;
+  SelectScratch(int64_t tile, int64_t rows, int64_t heads, int64_t dim)
+      : staged(lines(tile * dim * 2 + 64)),
+        packed(lines(tile * (dim + 1) * 2)),
+        scales(lines(tile * 4)),
+        queries(lines(rows * ((heads + 7) / 8) * 8 * dim * 2)) {}
+  int64_t bytes() const { return staged + packed + scales + queries; }
+  static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+};
 
 struct NormArgs {
   const bf16* x;
@@ -113,10 +127,13 @@ struct Kernels {
   void (*attend)(const AttendArgs&, int64_t row, int64_t chunk, float* part, char* scratch);
   void (*merge)(float* into, const float* part, int64_t heads, int64_t rank);
   void (*finish)(bf16* out, int64_t out_head, const float* part, int64_t heads, int64_t rank);
-  // Adds the best of positions [first, last) to `rows` candidates, one per row from `row`. packed: tile · dim bf16.
-  void (*score)(const SelectArgs&, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates*, bf16* packed);
+  // Adds the best of positions [first, last) to `rows` ≤ kSelectRows candidates, one per row from `row`; `first` is a
+  // multiple of select_tile. scratch: SelectScratch::bytes().
+  void (*score)(const SelectArgs&, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates*, char* scratch);
   // Leaves the topk best of the candidates, lowest position first on ties.
   void (*keep)(Candidates&, int64_t topk);
+  // out ← x as FP8 E4M3 times a power of two, which is returned; NaN (and zeros) unless every value is finite.
+  float (*quantise)(const bf16* x, int64_t size, uint8_t* out);
   void (*norm)(const NormArgs&, int64_t row, bf16* out);
   void (*rope)(const RopeArgs&, int64_t row, bf16* out, int64_t out_head);
   // One row: scores before the sigmoid are overwritten by those behind it; keys has room for `experts`.

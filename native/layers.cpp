@@ -98,7 +98,7 @@ struct Runner {
   // hidden += x, rounded.
   void add(const bf16* x) const { c.kernels.accumulate(step.hidden, x, step.rows * s.hidden); }
 
-  void attention(const LayerWeights& w, bf16* latent, bf16* keys) {
+  void attention(const LayerWeights& w, bf16* latent, void* keys, float* scales) {
     const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
     norm(room.x, step.hidden, s.hidden, w.input_norm, s.eps);
     c.clock.mark(Part::kNorms);
@@ -107,18 +107,18 @@ struct Runner {
              {w.index_weights, room.index_weights, true}});
     norm(room.query_latent, room.query_latent, s.query_rank, w.query_norm, s.latent_eps);
     const NormArgs latent_norm{room.compressed, latent_dim, w.latent_norm, nullptr, s.rank, float(s.latent_eps)};
-    write_rows(c, latent_norm, {latent, latent_dim, step.slots, rows, latent_dim, s.rank, s.rope, step.cos, step.sin,
-                                s.interleaved != 0});
+    write_rows(c, latent_norm, {latent, latent_dim, nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
+                                step.sin, s.interleaved != 0});
     if (w.index_key != nullptr) {
       const NormArgs key_norm{room.index_key, s.index_dim, w.index_norm, w.index_norm_bias, s.index_dim,
                               float(s.index_eps)};
-      write_rows(c, key_norm, {keys, s.index_dim, step.slots, rows, s.index_dim, 0, s.rope, step.cos, step.sin,
+      write_rows(c, key_norm, {keys, s.index_dim, scales, step.slots, rows, s.index_dim, 0, s.rope, step.cos, step.sin,
                                s.index_interleaved != 0});
     }
     c.clock.mark(Part::kAttentionWrite);
     project(room.query_latent, s.query_rank, {{w.query_b, room.query}, {w.index_query, room.index_query}});
     rotate(room.query, s.heads, s.nope + s.rope, s.nope, s.interleaved != 0);
-    if (w.index_key != nullptr) select_slots(keys);
+    if (w.index_key != nullptr) select_slots(keys, scales);
     const int64_t head = s.nope + s.rope;
     absorb(c, room.absorbed, room.query, s.heads * head, head, rows, s.heads, s.rope, *w.up_key);
     const AttendArgs args{room.absorbed, s.heads * latent_dim, latent_dim, latent, latent_dim, step.selection,
@@ -130,7 +130,7 @@ struct Runner {
     add(room.y);
   }
 
-  void select_slots(const bf16* keys) {
+  void select_slots(const void* keys, const float* scales) {
     rotate(room.index_query, s.index_heads, s.index_dim, 0, s.index_interleaved != 0);
     const int64_t row = s.index_heads * s.index_dim;
     for (int64_t i = 0; i < step.rows * s.index_heads; ++i) room.index_weights[i] *= float(s.index_scale);
@@ -138,7 +138,7 @@ struct Runner {
       const StepSpan& span = step.spans[i];
       const SelectArgs args{room.index_query + span.row * row, row, s.index_dim,
                             room.index_weights + span.row * s.index_heads, s.index_heads, s.index_heads, s.index_dim,
-                            keys, s.index_dim, span.table, step.block_size, span.start, s.topk};
+                            keys, s.index_dim, scales, span.table, step.block_size, span.start, s.topk};
       select(c, args, step.selection + span.row * step.width, step.width, span.length);
     }
     c.clock.mark(Part::kIndexerSelect);
@@ -182,7 +182,7 @@ void run_layers(Context& c, const LayerSizes& sizes, const LayerWeights* layers,
   Runner runner{c, sizes, step, room};
   c.clock.start();
   for (int64_t i = 0; i < count; ++i) {
-    runner.attention(layers[i], step.latents[i], step.keys[i]);
+    runner.attention(layers[i], step.latents[i], step.keys[i], step.scales[i]);
     runner.mlp(layers[i]);
   }
 }

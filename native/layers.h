@@ -43,7 +43,8 @@ struct LayerStep {
   const StepSpan* spans;
   int64_t span_count, block_size;
   bf16* const* latents;  // of each layer: [slots, rank + rope]
-  bf16* const* keys;     // of each layer: [slots, index_dim]; null on shared layers
+  void* const* keys;     // of each layer: [slots, index_dim], bf16 or FP8; null on shared layers
+  float* const* scales;  // of each layer: one for each slot where its keys are FP8, else null
   int64_t* selection;    // [rows, width]: the slots each row attends to; from one layer to the next
   int64_t width;
 };

@@ -1,10 +1,13 @@
 // The indexer: scores of cached keys, and the exact set of the topk best of a stream of them.
 //
-// Keys are transposed in tiles of 4·W so that one lane is one key; a tile serves all heads and up to kSelectRows rows.
-// Scores never leave registers except for those above the row's threshold, which are appended to its candidates.
+// Many rows: keys are transposed in tiles of 4·W so that one lane is one key; a tile serves all heads and up to
+// kSelectRows rows. Few rows cannot pay for transposing: there, where vectors are wide enough, one lane is one head
+// (select_few.h). Scores never leave registers except for those above the row's threshold, which are appended to its
+// candidates. 8-bit keys become bf16 a tile at a time; their scales are positive, and multiply the finished scores.
 #pragma once
 
 #include "dot.h"
+#include "fp8.h"
 #include "pack.h"
 
 namespace {
@@ -16,26 +19,58 @@ constexpr int kVectors = 4;
 constexpr int64_t kTile = kVectors * W;
 constexpr int kScoreHeads = FH_512 ? 4 : 2;
 
-// packed[d / 2][key][2] ← the keys of positions first .. first + count - 1. Lanes past the last key repeat it.
-FH_INLINE void pack_keys(const SelectArgs& a, int64_t first, int64_t count, bf16* packed) {
-  const bf16* key[kTile];
-  // Divisions are slow: positions are walked block by block.
-  int64_t block = first / a.block_size, offset = first % a.block_size, k = 0;
-  while (k < count) {
-    const bf16* base = a.keys + (a.table[block] * a.block_size + offset) * a.keys_stride;
-    for (const int64_t end = min64(count, k + a.block_size - offset); k < end; ++k, base += a.keys_stride) key[k] = base;
-    ++block, offset = 0;
+// A walk over cached keys in order of position: blocks are looked up once each, because divisions are slow.
+struct Walk {
+  const SelectArgs& a;
+  int64_t block, offset;
+  Walk(const SelectArgs& args, int64_t position)
+      : a(args), block(position / args.block_size), offset(position % args.block_size) {}
+  int64_t slot() const { return a.table[block] * a.block_size + offset; }
+  // Positions from here whose slots follow one another, at most n.
+  int64_t run(int64_t n) const { return min64(n, a.block_size - offset); }
+  void step(int64_t n) {  // n ≤ run
+    offset += n;
+    if (offset == a.block_size) ++block, offset = 0;
   }
-  for (; k < kTile; ++k) key[k] = key[count - 1];
+};
+
+// key[k] ← where the bf16 values of position first + k are, for count positions; those of 8-bit keys are made in
+// `staged`, and their scales copied to `scales`.
+FH_INLINE void stage_keys(const SelectArgs& a, int64_t first, int64_t count, const bf16** key, bf16* staged,
+                          float* scales) {
+  Walk walk(a, first);
+  for (int64_t k = 0; k < count;) {
+    const int64_t n = walk.run(count - k), slot = walk.slot();
+    if (a.scales == nullptr) {
+      const bf16* base = static_cast<const bf16*>(a.keys) + slot * a.keys_stride;
+      for (int64_t i = 0; i < n; ++i) key[k + i] = base + i * a.keys_stride;
+    } else {
+      const uint8_t* base = static_cast<const uint8_t*>(a.keys) + slot * a.keys_stride;
+      for (int64_t i = 0; i < n; ++i) {
+        widen_fp8(base + i * a.keys_stride, a.dim, staged + (k + i) * a.dim);
+        key[k + i] = staged + (k + i) * a.dim;
+      }
+      memcpy(scales + k, a.scales + slot, size_t(n) * 4);
+    }
+    k += n;
+    walk.step(n);
+  }
+}
+
+// packed[d / 2][key][2] ← the keys of positions first .. first + count - 1. Lanes past the last key repeat it.
+FH_INLINE void pack_keys(const SelectArgs& a, int64_t first, int64_t count, bf16* staged, float* scales, bf16* packed) {
+  const bf16* key[kTile];
+  stage_keys(a, first, count, key, staged, scales);
+  for (int64_t k = count; k < kTile; ++k) key[k] = key[count - 1];
   for (int v = 0; v < kVectors; ++v) pack_rows(key + v * W, a.dim, packed + v * W * 2, kTile * 2);
 }
 
-// Prefetches the keys of the block that position `first` is in, from there on.
-FH_INLINE void ask_for_keys(const SelectArgs& a, int64_t first) {
-  const int64_t slot = a.table[first / a.block_size] * a.block_size + first % a.block_size;
-  const bf16* base = a.keys + slot * a.keys_stride;
-  const int64_t values = min64(kTile, a.block_size - first % a.block_size) * a.keys_stride;
-  for (int64_t i = 0; i < values; i += 32) prefetch(base + i);
+// Prefetches the keys of `count` positions from `walk` on, as far as they follow one another.
+FH_INLINE void ask_for_keys(const Walk& walk, int64_t count) {
+  const SelectArgs& a = walk.a;
+  const int64_t width = a.scales == nullptr ? 2 : 1, bytes = walk.run(count) * a.keys_stride * width;
+  const char* base = static_cast<const char*>(a.keys) + walk.slot() * a.keys_stride * width;
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(base + i);
 }
 
 template <int H>
@@ -165,12 +200,23 @@ void keep(Candidates& c, int64_t topk) {
   c.threshold = bound == 0xffffffffu ? __builtin_nanf("") : unsortable(bound);
 }
 
-void score(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates* candidates,
-           bf16* packed) {
+// Appends the scores of n ≥ 1 positions from `position` on that may be among the best.
+FH_INLINE void offer(Candidates& c, F scores, int64_t position, int64_t n) {
+  const Lanes valid = n >= W ? Lanes((1u << W) - 1) : Lanes((1u << n) - 1);
+  const F x = add(scores, zero());
+  const Lanes lanes = c.open ? valid : Lanes(above(x, c.threshold) & valid);
+  if (lanes != 0) append(c, x, lanes, position);
+}
+
+void score_packed(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates* candidates,
+                  const freehold::SelectScratch& layout, char* scratch) {
+  bf16* staged = reinterpret_cast<bf16*>(scratch);
+  bf16* packed = reinterpret_cast<bf16*>(scratch + layout.staged);
+  float* scales = reinterpret_cast<float*>(scratch + layout.staged + layout.packed);
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int64_t keys = min64(kTile, last - tile);
-    pack_keys(a, tile, keys, packed);
-    if (rows == 1 && tile + 2 * kTile <= last) ask_for_keys(a, tile + kTile);
+    pack_keys(a, tile, keys, staged, scales, packed);
+    if (rows == 1 && tile + 2 * kTile <= last) ask_for_keys(Walk(a, tile + kTile), kTile);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t seen = min64(keys, a.start + row + r + 1 - tile);
       if (seen <= 0) continue;
@@ -184,17 +230,28 @@ void score(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, int64_
       for (; h < a.heads; ++h)
         score_heads<1>(packed, query + h * a.query_head, a.query_head, weight + h, a.dim, scores);
       Candidates& c = candidates[r];
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t n = seen - v * W;
-        if (n <= 0) break;
-        const Lanes valid = n >= W ? Lanes((1u << W) - 1) : Lanes((1u << n) - 1);
-        const F x = add(scores[v], zero());
-        const Lanes lanes = c.open ? valid : Lanes(above(x, c.threshold) & valid);
-        if (lanes != 0) append(c, x, lanes, tile + v * W);
+      for (int v = 0; v < kVectors && v * W < seen; ++v) {
+        if (a.scales != nullptr) scores[v] = mul(scores[v], load(scales + v * W));
+        offer(c, scores[v], tile + v * W, seen - v * W);
       }
       if (c.count > c.capacity) keep(c, a.topk);
     }
   }
+}
+
+}  // namespace
+
+#include "select_few.h"
+
+namespace {
+
+void score(const SelectArgs& a, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates* candidates,
+           char* scratch) {
+  const freehold::SelectScratch layout(kTile, rows, a.heads, a.dim);
+#if FH_512
+  if (a.few && a.dim % 4 == 0) return score_few(a, row, rows, first, last, candidates, layout, scratch);
+#endif
+  score_packed(a, row, rows, first, last, candidates, layout, scratch);
 }
 
 }  // namespace

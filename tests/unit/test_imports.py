@@ -26,6 +26,7 @@ TORCH = {
     "freehold.model.cache",
     "freehold.model.glm",
     "freehold.model.group_quant",
+    "freehold.model.index_keys",
     "freehold.model.indexer",
     "freehold.model.inputs",
     "freehold.model.layers",

@@ -27,6 +27,11 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class IndexCache(StrEnum):
+    AUTO = "auto"
+    FP8 = "fp8"
+
+
 class Profile(StrEnum):
     AUTO = "auto"
     GLM_5_2 = "glm-5.2"
@@ -38,6 +43,9 @@ ModelNames = Annotated[
     typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
 ]
 SaltPerKey = Annotated[bool, typer.Option("--salt-per-key", help="Do not share the prefix cache between API keys.")]
+IndexCacheOption = Annotated[
+    IndexCache, typer.Option("--index-cache", help="How the indexer's keys are stored: as computed, or in 8 bits.")
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Check SHA256SUMS before loading; reads every byte once more.")]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)]
 Sim = Annotated[bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")]
@@ -49,6 +57,8 @@ Faults = Annotated[
         show_default=False,
     ),
 ]
+
+_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --quantize and --verify"
 
 
 def serve(
@@ -73,6 +83,7 @@ def serve(
     cache_bytes: Annotated[
         str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
     ] = None,
+    index_cache: IndexCacheOption = IndexCache.AUTO,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
     quantize: QuantizeAs = None,
@@ -92,10 +103,9 @@ def serve(
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
-    if sim and (cache_bytes is not None or threads is not None or dtype is not Dtype.AUTO or verify or quantize):
-        raise InvalidRequest(
-            "--cache-bytes, --threads, --dtype, --quantize and --verify are for a model; --sim has none"
-        )
+    for_model = verify or quantize or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
+    if sim and (for_model or cache_bytes is not None or threads is not None):
+        raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
@@ -117,14 +127,14 @@ def serve(
             sampling = SamplingDefaults()
         else:
             settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
-            settings |= {"verify": verify, "quantize": None if quantize is None else quantize.value}
+            settings |= {"verify": verify, "index_cache": index_cache.value}
+            settings["quantize"] = None if quantize is None else quantize.value
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
-        template = _template(directory, profile)
         state = server.build_state(
             engine,
             tokenizer,
-            template,
+            _template(directory, profile),
             model_names=names,
             sampling=sampling,
             api_keys=keys,

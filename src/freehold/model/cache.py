@@ -7,10 +7,23 @@ D index_head_dim.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from freehold.errors import ConfigError
+from freehold.model.cache_layout import index_key_bytes
 from freehold.model.config import GlmConfig
+from freehold.model.index_keys import FP8_GROUP, Fp8Keys, IndexKeys
+
+IndexCache = Literal["auto", "fp8"]
+"""How index keys are stored: in the model's dtype, or as FP8 E4M3 with one scale a token."""
+
+_HUGE = 1 << 21  # bytes of a huge page on x86-64
 
 
 def cached_layers(config: GlmConfig) -> int:
@@ -24,18 +37,18 @@ def index_cached_layers(config: GlmConfig) -> tuple[int, ...]:
     return (*config.full_layers, *mtp)
 
 
-def cache_bytes_per_token(config: GlmConfig, dtype: torch.dtype) -> int:
+def cache_bytes_per_token(config: GlmConfig, dtype: torch.dtype, index_cache: IndexCache = "auto") -> int:
     """Bytes one token takes in all layers' caches."""
-    latent = cached_layers(config) * config.latent_dim
-    index = len(index_cached_layers(config)) * config.index_head_dim
-    return (latent + index) * dtype.itemsize
+    key = index_key_bytes(config, "fp8") if index_cache == "fp8" else config.index_head_dim * dtype.itemsize
+    return cached_layers(config) * config.latent_dim * dtype.itemsize + len(index_cached_layers(config)) * key
 
 
 class PagedCache:
     """Tensors of the caches of every layer.
 
     latent[layer]: [S, L], the normed latent followed by the roped shared key (interleaved pairs stay in place).
-    index[layer]: [S, D] for full layers, None for shared ones.
+    index[layer]: [S, D] for full layers, or the same in 8 bits (index_cache "fp8"), None for shared ones.
+    Raises ConfigError for fp8 with a key of more values than one scale covers.
     """
 
     def __init__(
@@ -45,20 +58,40 @@ class PagedCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        index_cache: IndexCache = "auto",
     ) -> None:
+        width = config.index_head_dim
+        if index_cache == "fp8" and width > FP8_GROUP:
+            raise ConfigError(f"an index cache in fp8 needs index_head_dim <= {FP8_GROUP}; this model has {width}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         slots = num_blocks * block_size
         owners = set(index_cached_layers(config))
-        # Uninitialised: pages are committed only when first written, and no slot is read before it is.
-        self.latent: list[Tensor] = [
-            torch.empty(slots, config.latent_dim, dtype=dtype, device=device) for _ in range(cached_layers(config))
-        ]
-        self.index: list[Tensor | None] = [
-            torch.empty(slots, config.index_head_dim, dtype=dtype, device=device) if layer in owners else None
-            for layer in range(cached_layers(config))
-        ]
+
+        def keys() -> IndexKeys:
+            if index_cache == "fp8":
+                values = _uninitialised((slots, width), torch.uint8, device)
+                return Fp8Keys(values, _uninitialised((slots,), torch.float32, device))
+            return _uninitialised((slots, width), dtype, device)
+
+        layers = range(cached_layers(config))
+        self.latent: list[Tensor] = [_uninitialised((slots, config.latent_dim), dtype, device) for _ in layers]
+        self.index: list[IndexKeys | None] = [keys() if layer in owners else None for layer in layers]
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.latent, *self.index) if t is not None)
+        return sum(tensors.nbytes for tensors in (*self.latent, *self.index) if tensors is not None)
+
+
+def _uninitialised(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A tensor whose pages are committed only when first written; no slot of a cache is read before it is.
+
+    Large ones ask for huge pages: a scan of a long context, and reading latents here and there, then miss the TLB less.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

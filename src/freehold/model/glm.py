@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
 from freehold.model.held import Destination, held_weights
+from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput
 from freehold.model.layers import MLP, Linear, Norm, Rope
 from freehold.model.mla import LatentAttention, Plan
@@ -51,7 +52,7 @@ class DecoderLayer(nn.Module):
         plan: Plan,
         rope: tuple[Tensor, Tensor],
         latent_SL: Tensor,
-        keys_SD: Tensor | None,
+        keys_SD: IndexKeys | None,
         slots_RK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         x_TH = ops.rms_norm(hidden_TH, self.input_layernorm.weight, self.eps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freehold.model.config import GlmConfig
+from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput, Span
 from freehold.model.layers import Linear, Norm
 from freehold.model.ops.interface import Ops
@@ -30,7 +31,7 @@ class Indexer(nn.Module):
         self.k_norm = Norm(self.head_dim, bias=True, dtype=dtype, device=device)
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, device=device)
 
-    def write_keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor, keys_SD: Tensor, slots_T: Tensor) -> None:
+    def write_keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor, keys_SD: IndexKeys, slots_T: Tensor) -> None:
         """Caches the index keys of every token, whether or not this step needs a selection."""
         key_TD = ops.linear(x_TH, self.wk.weight)
         norm = self.k_norm
@@ -42,7 +43,7 @@ class Indexer(nn.Module):
         ops: Ops,
         x_TH: Tensor,
         latent_TC: Tensor,
-        keys_SD: Tensor,
+        keys_SD: IndexKeys,
         inputs: ForwardInput,
         spans: tuple[Span, ...],
         cos: Tensor,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from freehold.model.config import GlmConfig
+from freehold.model.index_keys import IndexKeys
 from freehold.model.indexer import Indexer
 from freehold.model.inputs import ForwardInput, Span
 from freehold.model.layers import Linear, Norm
@@ -101,7 +102,7 @@ class LatentAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         latent_SL: Tensor,
-        keys_SD: Tensor | None,
+        keys_SD: IndexKeys | None,
         slots_RK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output [T, H], selection for this layer and the shared ones above). Writes this layer's cache rows."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
 from freehold.model.glm import DecoderLayer
+from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.indexer import KEY_NORM_EPS
 from freehold.model.inputs import ForwardInput
 from freehold.model.mla import LatentAttention
@@ -63,6 +64,7 @@ class _Step(ctypes.Structure):
         ("block_size", ctypes.c_int64),
         ("latents", ctypes.c_void_p),
         ("keys", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("selection", ctypes.c_void_p),
         ("width", ctypes.c_int64),
     )
@@ -87,7 +89,7 @@ class FusedLayers:
         # The modules own the memory that these point to.
         self._layers = tuple(layers)
         self._weights = (_LayerWeights * len(layers))(*(_weights(layer) for layer in layers))
-        self._caches: tuple[PagedCache, _Pointers, _Pointers] | None = None
+        self._caches: tuple[PagedCache, _Pointers, _Pointers, _Pointers] | None = None
 
     def __call__(
         self, hidden_TH: Tensor, inputs: ForwardInput, rope: tuple[Tensor, Tensor], cache: PagedCache
@@ -104,27 +106,35 @@ class FusedLayers:
         tables = [span.table_B.contiguous() for span in spans]
         for i, span in enumerate(spans):
             described[4 * i : 4 * i + 4] = [span.row, span.length, span.start, tables[i].data_ptr()]
-        latents, keys = self._pointers(cache)
+        latents, keys, scales = self._pointers(cache)
         cos, sin = rope
         step = _Step(
             hidden_TH.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), inputs.slots_T.data_ptr(),
             ctypes.addressof(described), len(spans), inputs.block_size, ctypes.addressof(latents),
-            ctypes.addressof(keys), selection.data_ptr(), width,
+            ctypes.addressof(keys), ctypes.addressof(scales), selection.data_ptr(), width,
         )  # fmt: skip
         self._ops.run_layers(
             ctypes.addressof(self._sizes), ctypes.addressof(self._weights), self._count, ctypes.addressof(step)
         )
         return hidden_TH
 
-    def _pointers(self, cache: PagedCache) -> tuple[_Pointers, _Pointers]:
+    def _pointers(self, cache: PagedCache) -> tuple[_Pointers, _Pointers, _Pointers]:
         """Where each layer's caches lie; kept while the cache is the same."""
         if self._caches is None or self._caches[0] is not cache:
             chosen = range(self._first, self._first + self._count)
             array = ctypes.c_void_p * self._count
             latents = array(*(cache.latent[i].data_ptr() for i in chosen))
-            keys = array(*(None if (key := cache.index[i]) is None else key.data_ptr() for i in chosen))
-            self._caches = (cache, latents, keys)
+            index = [_addresses(cache.index[i]) for i in chosen]
+            keys, scales = array(*(key for key, _ in index)), array(*(scale for _, scale in index))
+            self._caches = (cache, latents, keys, scales)
         return self._caches[1:]
+
+
+def _addresses(keys: IndexKeys | None) -> tuple[int | None, int | None]:
+    """Where a layer's index keys lie, and their scales if they have any."""
+    if isinstance(keys, Fp8Keys):
+        return keys.values_SD.data_ptr(), keys.scales_S.data_ptr()
+    return (None if keys is None else keys.data_ptr()), None
 
 
 def fits(config: GlmConfig, layers: Sequence[DecoderLayer]) -> bool:

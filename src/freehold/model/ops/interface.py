@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
 from freehold.model.packed import PackedHeads, PackedWeight
 
@@ -62,12 +63,13 @@ class Ops(Protocol):
         sin_TQ2: Tensor,
         interleaved: bool,
         first: int,
-        cache_SC: Tensor,
+        cache_SC: Tensor | Fp8Keys,
         slots_T: Tensor,
     ) -> None:
         """Cache rows slots_T ← x with its leading A values normed and the Q values from `first` rotated (after that).
 
-        The norm is RMSNorm, or LayerNorm when it has a bias. Modifies cache_SC.
+        The norm is RMSNorm, or LayerNorm when it has a bias. Fp8Keys take the finished row, in x's dtype, quantised.
+        Modifies cache_SC.
         """
         ...
 
@@ -101,14 +103,20 @@ class Ops(Protocol):
         ...
 
     def select(
-        self, query_TJD: Tensor, weight_TJ: Tensor, keys_SD: Tensor, spans: tuple[Span, ...], block_size: int, topk: int
+        self,
+        query_TJD: Tensor,
+        weight_TJ: Tensor,
+        keys_SD: IndexKeys,
+        spans: tuple[Span, ...],
+        block_size: int,
+        topk: int,
     ) -> Tensor:
         """The indexer's choice: for each row of `spans`, the cache slots of the topk positions s ≤ t with the best
         Σ_j weight_j · relu(q_j · k_s), lowest position first on ties; all of them while t < topk.
 
-        weight_TJ is fp32 with every scale folded in. Scores are fp32. Returns int64 [R, K] with K = min(topk, longest
-        context), rows in the order of the spans, padded with -1 after a row's own positions. Slots are in no
-        particular order within a row.
+        weight_TJ is fp32 with every scale folded in. Scores are fp32; the scale of an 8-bit key multiplies its score.
+        Returns int64 [R, K] with K = min(topk, longest context), rows in the order of the spans, padded with -1 after
+        a row's own positions. Slots are in no particular order within a row.
         """
         ...
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 """Must equal kInterfaceVersion in native/api.h."""
 
 ISAS = ("avx512bf16", "avx512", "avx2")
@@ -31,8 +31,8 @@ _SIGNATURES = {
     "route": "p p p l p l l i f",
     "norm": "p pll l p p f",
     "rope": "p pll l l l l l p p i",
-    "write": "pl p pl l l l p p f l l p p i",
-    "select": "pl pll pl l l l pl p l l l",
+    "write": "plp p pl l l l p p f l l p p i",
+    "select": "pl pll pl l l l plp p l l l",
     "attend": "p pll l l pl l l p l l l f",
     "absorb": "p pll l l l p",
     "unabsorb": "p p l l p",

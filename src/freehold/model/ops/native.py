@@ -16,6 +16,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
 from freehold.model.ops.interface import HeadWeights, Weight
 from freehold.model.ops.library import Native
@@ -164,14 +165,16 @@ class NativeOps(ReferenceOps):
         sin_TQ2: Tensor,
         interleaved: bool,
         first: int,
-        cache_SC: Tensor,
+        cache_SC: Tensor | Fp8Keys,
         slots_T: Tensor,
     ) -> None:
+        eight = isinstance(cache_SC, Fp8Keys)
+        stored = cache_SC.values_SD if isinstance(cache_SC, Fp8Keys) else cache_SC
         if (
             x_TC.dtype is not _BF16
             or weight_A.dtype is not _BF16
-            or cache_SC.dtype is not _BF16
-            or cache_SC.stride(1) != 1
+            or stored.dtype is not (torch.uint8 if eight else _BF16)
+            or stored.stride(1) != 1
             or not (slots_T.is_contiguous() and cos_TQ2.is_contiguous() and sin_TQ2.is_contiguous())
         ):
             return super().write_cache(
@@ -179,8 +182,9 @@ class NativeOps(ReferenceOps):
             )
         x = _dense(x_TC)
         rows, size = x.shape
+        scales = cache_SC.scales_S.data_ptr() if isinstance(cache_SC, Fp8Keys) else None
         if self._native.write(
-            self._context, cache_SC.data_ptr(), cache_SC.stride(0), slots_T.data_ptr(), x.data_ptr(), x.stride(0),
+            self._context, stored.data_ptr(), stored.stride(0), scales, slots_T.data_ptr(), x.data_ptr(), x.stride(0),
             rows, size, weight_A.shape[0], weight_A.data_ptr(), None if bias_A is None else bias_A.data_ptr(), eps,
             first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
         ):  # fmt: skip
@@ -243,12 +247,23 @@ class NativeOps(ReferenceOps):
     # -- selection and attention ---------------------------------------------------------------------------------------
 
     def select(
-        self, query_TJD: Tensor, weight_TJ: Tensor, keys_SD: Tensor, spans: tuple[Span, ...], block_size: int, topk: int
+        self,
+        query_TJD: Tensor,
+        weight_TJ: Tensor,
+        keys_SD: IndexKeys,
+        spans: tuple[Span, ...],
+        block_size: int,
+        topk: int,
     ) -> Tensor:
         heads, dim = query_TJD.shape[1:]
-        if query_TJD.dtype is not _BF16 or keys_SD.dtype is not _BF16 or weight_TJ.dtype is not _FP32 or dim % 2:
+        if isinstance(keys_SD, Fp8Keys):
+            keys, scales = keys_SD.values_SD, keys_SD.scales_S.data_ptr()
+            stored = keys.dtype is torch.uint8 and keys_SD.scales_S.dtype is _FP32 and keys_SD.scales_S.is_contiguous()
+        else:
+            keys, scales, stored = keys_SD, None, keys_SD.dtype is _BF16
+        if query_TJD.dtype is not _BF16 or not stored or weight_TJ.dtype is not _FP32 or dim % 2:
             return super().select(query_TJD, weight_TJ, keys_SD, spans, block_size, topk)
-        query, weight, keys = _dense(query_TJD), _dense(weight_TJ), _dense(keys_SD)
+        query, weight, keys = _dense(query_TJD), _dense(weight_TJ), _dense(keys)
         rows = sum(span.length for span in spans)
         width = min(topk, max((span.end for span in spans), default=0))
         out = torch.empty((rows, width), dtype=_INT64)
@@ -260,7 +275,7 @@ class NativeOps(ReferenceOps):
                 self._context, out.data_ptr() + 8 * width * row, width,
                 query.data_ptr() + 2 * query_row * span.row, query_row, query_head,
                 weight.data_ptr() + 4 * weight_row * span.row, weight_row, span.length, heads, dim,
-                keys.data_ptr(), keys.stride(0), table.data_ptr(), block_size, span.start, topk,
+                keys.data_ptr(), keys.stride(0), scales, table.data_ptr(), block_size, span.start, topk,
             ):  # fmt: skip
                 raise MemoryError(_NO_SCRATCH)
             row += span.length

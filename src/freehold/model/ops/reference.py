@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
 from freehold.model.ops.interface import HeadWeights, Weight
 
@@ -59,7 +60,7 @@ class ReferenceOps:
         sin_TQ2: Tensor,
         interleaved: bool,
         first: int,
-        cache_SC: Tensor,
+        cache_SC: Tensor | Fp8Keys,
         slots_T: Tensor,
     ) -> None:
         normed, rest = torch.split(x_TC, [weight_A.shape[0], x_TC.shape[1] - weight_A.shape[0]], dim=-1)
@@ -68,7 +69,11 @@ class ReferenceOps:
         else:
             normed = self.layer_norm(normed, weight_A, bias_A, eps)
         x_TC = torch.cat((normed, rest), dim=-1)
-        cache_SC[slots_T] = self.rope(x_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0].to(cache_SC.dtype)
+        x_TC = self.rope(x_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0]
+        if isinstance(cache_SC, Fp8Keys):
+            cache_SC.write(slots_T, x_TC)
+        else:
+            cache_SC[slots_T] = x_TC.to(cache_SC.dtype)
 
     def swiglu(self, x_TH: Tensor, gate_IH: Weight, up_IH: Weight, down_HI: Weight) -> Tensor:
         gated = F.silu(self.linear(x_TH, gate_IH)) * self.linear(x_TH, up_IH)
@@ -119,11 +124,17 @@ class ReferenceOps:
         return weighted.sum(1).to(x_TH.dtype)
 
     def select(
-        self, query_TJD: Tensor, weight_TJ: Tensor, keys_SD: Tensor, spans: tuple[Span, ...], block_size: int, topk: int
+        self,
+        query_TJD: Tensor,
+        weight_TJ: Tensor,
+        keys_SD: IndexKeys,
+        spans: tuple[Span, ...],
+        block_size: int,
+        topk: int,
     ) -> Tensor:
         width = min(topk, max((span.end for span in spans), default=0))
         rows = sum(span.length for span in spans)
-        chosen_RK = torch.full((rows, width), -1, dtype=torch.int64, device=keys_SD.device)
+        chosen_RK = torch.full((rows, width), -1, dtype=torch.int64, device=query_TJD.device)
         row = 0
         for span in spans:
             slots_P = span.slots_P(block_size)
@@ -133,12 +144,25 @@ class ReferenceOps:
                 seen = span.start + i + 1
                 chosen_RK[row + i, :seen] = slots_P[:seen]
             if dense < span.length:
-                positions = self._best(query_TJD, weight_TJ, keys_SD[slots_P].float(), span, dense, topk)
+                if isinstance(keys_SD, Fp8Keys):
+                    keys_PD, scales_P = keys_SD.rows(slots_P)
+                else:
+                    keys_PD, scales_P = keys_SD[slots_P].float(), None
+                positions = self._best(query_TJD, weight_TJ, keys_PD, scales_P, span, dense, topk)
                 chosen_RK[row + dense : row + span.length] = slots_P[positions]
             row += span.length
         return chosen_RK
 
-    def _best(self, query_TJD: Tensor, weight_TJ: Tensor, keys_PD: Tensor, span: Span, skip: int, topk: int) -> Tensor:
+    def _best(
+        self,
+        query_TJD: Tensor,
+        weight_TJ: Tensor,
+        keys_PD: Tensor,
+        scales_P: Tensor | None,
+        span: Span,
+        skip: int,
+        topk: int,
+    ) -> Tensor:
         """Positions [rows, topk] chosen for the span's rows after the first `skip`, scored in blocks of rows."""
         heads = query_TJD.shape[1]
         block = max(1, _SCORE_BLOCK // (heads * span.end))
@@ -149,6 +173,8 @@ class ReferenceOps:
             seen = span.start + last
             dots = torch.matmul(query_TJD[rows].float(), keys_PD[:seen].T)  # [rows, J, P]
             scores = torch.matmul(weight_TJ[rows, None], F.relu(dots)).squeeze(1)
+            if scales_P is not None:
+                scores *= scales_P[:seen]
             if last - first > 1:
                 positions = torch.arange(span.start + first, seen, device=scores.device)
                 scores.masked_fill_(torch.arange(seen, device=scores.device) > positions[:, None], float("-inf"))

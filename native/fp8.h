@@ -1,0 +1,104 @@
+// FP8 E4M3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinities): index keys with one scale each.
+//
+// Every E4M3 value is a normal bf16 number or zero, so widening is exact, and no denormal is left for AVX-512-BF16 to
+// take for zero. Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning".
+#pragma once
+
+#include "pack.h"
+
+namespace {
+
+// With the byte in the high half of a 16-bit lane, sign and magnitude move to bf16's places in one arithmetic shift.
+// What is then to be added is the difference of the biases, (127 - 7) << 7, and below 2^-6 what normalising changes.
+// The NaN of E4M3 does not occur: a key that is not finite has a scale that says so.
+constexpr int kBias = 120 << 7;
+#define FH_FP8_SUBNORMALS \
+  0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40, 0x3c20 - 0x50, 0x3c40 - 0x60, 0x3c60 - 0x70
+
+#if FH_512
+FH_INLINE B widen_fp8(__m256i bytes) {
+  const __m512i x = _mm512_cvtepu8_epi16(bytes);
+  const __m512i placed = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 4), _mm512_set1_epi16(short(0x87f0)));
+  const __m128i eight = _mm_setr_epi16(FH_FP8_SUBNORMALS);
+  const __m512i table = _mm512_broadcast_i32x4(eight);
+  const __mmask32 small = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
+  // The index is taken modulo 32, and the table repeats after 8.
+  const __m512i change = _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kBias), small, x, table);
+  return _mm512_add_epi16(placed, change);
+}
+// out ← size values; reads and writes nothing beyond.
+FH_INLINE void widen_fp8(const uint8_t* p, int64_t size, bf16* out) {
+  int64_t i = 0;
+  for (; i + 32 <= size; i += 32)
+    _mm512_storeu_si512(out + i, widen_fp8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
+  if (i < size) {
+    const __mmask32 mask = __mmask32((1ull << (size - i)) - 1);
+    _mm512_mask_storeu_epi16(out + i, mask, widen_fp8(_mm256_maskz_loadu_epi8(mask, p + i)));
+  }
+}
+#else
+FH_INLINE B widen_fp8(__m128i bytes) {
+  const __m256i x = _mm256_cvtepu8_epi16(bytes), magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+  const __m256i placed = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 4), _mm256_set1_epi16(short(0x87f0)));
+  // Bytes 2m and 2m + 1 of the table, for both halves of a lane.
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi16(FH_FP8_SUBNORMALS));
+  const __m256i twice = _mm256_slli_epi16(magnitude, 1);
+  const __m256i at = _mm256_or_si256(twice, _mm256_slli_epi16(_mm256_add_epi16(twice, _mm256_set1_epi16(1)), 8));
+  const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
+  const __m256i change = _mm256_blendv_epi8(_mm256_set1_epi16(kBias), _mm256_shuffle_epi8(table, at), small);
+  return _mm256_add_epi16(placed, change);
+}
+FH_INLINE void widen_fp8(const uint8_t* p, int64_t size, bf16* out) {
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16)
+    store_bits(out + i, widen_fp8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+  if (i < size) {
+    alignas(16) uint8_t bytes[16] = {};
+    alignas(32) bf16 values[16];
+    memcpy(bytes, p + i, size_t(size - i));
+    store_bits(values, widen_fp8(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes))));
+    memcpy(out + i, values, size_t(size - i) * 2);
+  }
+}
+#endif
+#undef FH_FP8_SUBNORMALS
+
+// |x| ≤ 448 to the nearest E4M3, to even on ties.
+FH_INLINE uint8_t narrow_fp8(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const uint32_t sign = u >> 24 & 0x80u, magnitude = u & 0x7fffffffu;
+  float a;
+  memcpy(&a, &magnitude, 4);
+  if (magnitude < uint32_t(127 - 6) << 23) {  // a multiple of 2^-9: adding 2^14 rounds to one
+    a += 16384.0f;
+    memcpy(&u, &a, 4);
+    return uint8_t(sign | (u & 0xfu));
+  }
+  return uint8_t(sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3)));
+}
+
+// out ← x divided by the least power of two, from 2^-126 on, that brings it within E4M3's 448; returns that power: 1 if
+// all are zero, NaN (and zeros stored) if one is not finite.
+float quantise(const bf16* x, int64_t size, uint8_t* out) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t magnitude = x[i] & 0x7fffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  if (most == 0 || most >= 0x7f80u) {
+    for (int64_t i = 0; i < size; ++i) out[i] = 0;
+    return most == 0 ? 1.0f : __builtin_nanf("");
+  }
+  // 448 = 1.75 · 2^8.
+  int exponent = int(most >> 7) - 127 - 8 + ((most & 0x7fu) > 0x60u);
+  if (exponent < -126) exponent = -126;
+  const uint32_t inverse_bits = uint32_t(127 - exponent) << 23, scale_bits = uint32_t(127 + exponent) << 23;
+  float inverse, scale;
+  memcpy(&inverse, &inverse_bits, 4);
+  memcpy(&scale, &scale_bits, 4);
+  for (int64_t i = 0; i < size; ++i) out[i] = narrow_fp8(widen(x[i]) * inverse);
+  return scale;
+}
+
+}  // namespace

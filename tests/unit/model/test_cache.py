@@ -1,0 +1,103 @@
+"""The caches: exactly the bytes that the formulas say, in either format of index keys, and what 8-bit keys change."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from freehold.errors import ConfigError
+from freehold.model import cache_layout
+from freehold.model.cache import IndexCache, PagedCache, cache_bytes_per_token
+from freehold.model.config import GlmConfig
+from freehold.model.glm import Glm
+from freehold.model.index_keys import Fp8Keys
+from freehold.model.inputs import single_sequence
+from freehold.model.inspect import published_config
+from freehold.model.ops.interface import Ops
+from freehold.model.ops.reference import ReferenceOps
+from freehold.model.sizes import size_config
+from tests.native_cases import ALL_ISAS, native
+
+NANO = GlmConfig.from_dict(size_config("nano"))
+
+
+@pytest.mark.parametrize("index_cache", ["auto", "fp8"])
+@pytest.mark.parametrize("size", ["nano", "small", "medium"])
+def test_a_cache_takes_exactly_what_its_layout_says(size: str, index_cache: IndexCache) -> None:
+    config = GlmConfig.from_dict(size_config(size))
+    formats = ("bf16", "fp8" if index_cache == "fp8" else "bf16")
+    per_token = cache_layout.cache_bytes_per_token(config, *formats, mtp=True)
+    assert cache_bytes_per_token(config, torch.bfloat16, index_cache) == per_token
+    assert PagedCache(config, 3, 64, torch.bfloat16, index_cache=index_cache).num_bytes == 3 * 64 * per_token
+
+
+def test_eight_bit_keys_of_the_full_model_take_132_bytes() -> None:
+    config = published_config("glm-5.2")
+    # 79 latents of 1152 bytes and 22 index keys.
+    assert cache_bytes_per_token(config, torch.bfloat16, "fp8") == 79 * 1152 + 22 * 132 == 93_912
+
+
+def test_a_key_that_one_scale_cannot_cover_is_refused() -> None:
+    with pytest.raises(ConfigError, match="index_head_dim <= 128; this model has 192"):
+        PagedCache(replace(NANO, index_head_dim=192), 1, 16, torch.bfloat16, index_cache="fp8")
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux")
+def test_a_large_cache_commits_pages_only_when_they_are_written() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    cache = PagedCache(NANO, 8192, 64, torch.bfloat16, index_cache="fp8")
+    assert cache.num_bytes > 1 << 29
+    cache.latent[3][-1] = 1.0
+    assert resident() - before < 1 << 26
+
+
+@pytest.fixture(scope="module")
+def model() -> Glm:
+    torch.manual_seed(0)
+    model = Glm(NANO, dtype=torch.bfloat16).requires_grad_(False).eval()
+    for name, tensor in model.checkpoint_tensors().items():
+        scale = 1.0 if tensor.dim() == 1 or "embed" in name else tensor.shape[-1] ** -0.5
+        tensor.normal_(0, scale)
+    return model
+
+
+def run(model: Glm, ops: Ops, length: int, index_cache: IndexCache) -> tuple[torch.Tensor, PagedCache]:
+    """Hidden states of a prefill in two chunks and three decode steps."""
+    tokens = torch.randint(0, 448, (length,), generator=torch.Generator().manual_seed(2)).tolist()
+    cache = PagedCache(NANO, 16, 16, torch.bfloat16, index_cache=index_cache)
+    cuts = [0, length // 2, length - 3, length - 2, length - 1, length]
+    model.ops = ops
+    with torch.inference_mode():
+        parts = [model(single_sequence(tokens[a:b], start=a, block_size=16), cache) for a, b in pairwise(cuts)]
+    return torch.cat(parts).float(), cache
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_within_index_topk_the_format_of_index_keys_changes_nothing(isa: str, model: Glm) -> None:
+    for ops in (native(isa), ReferenceOps()):
+        eight, cache = run(model, ops, NANO.index_topk, "fp8")
+        assert all(isinstance(cache.index[layer], Fp8Keys) for layer in NANO.full_layers)
+        assert torch.equal(eight, run(model, ops, NANO.index_topk, "auto")[0])
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_eight_bit_keys_are_near_the_ones_they_stand_for(isa: str, model: Glm) -> None:
+    """Layer 0 sees the same input in both formats. A value keeps 3 bits after its first, in a range of 448 · scale."""
+    _, plain = run(model, native(isa), 100, "auto")
+    _, eight = run(model, native(isa), 100, "fp8")
+    exact, keys = plain.index[0], eight.index[0]
+    assert isinstance(exact, torch.Tensor)
+    assert isinstance(keys, Fp8Keys)
+    values, scales = keys.rows(torch.arange(100))
+    error = (values * scales[:, None] - exact[:100].float()).abs()
+    # Half a unit in the last place of a number, or of the smallest normal one.
+    assert bool((error <= torch.maximum(exact[:100].float().abs() / 16, scales[:, None] * 2**-10)).all())
+    assert bool((error > 0).any())
