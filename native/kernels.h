@@ -143,7 +143,11 @@ struct Kernels {
 inline int64_t attend_part(int64_t heads, int64_t rank) { return heads * (2 + rank); }
 inline int64_t attend_scratch(int64_t heads) { return kAttendChunk * (heads * 6 + 32 + 8) + 256; }
 
-inline int64_t gemm_room(int64_t inner) { return inner * kPanel * 2 * 2; }  // two panels in bf16
+// Bytes of two panels in bf16 with their scales in fp32.
+inline int64_t gemm_room(int64_t inner, int64_t group) {
+  return inner * kPanel * 2 * 2 + (inner + group - 1) / group * kPanel * 4 * 2;
+}
+inline int64_t gemm_room(const Matrix& w) { return gemm_room(w.inner, w.group); }
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 

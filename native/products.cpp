@@ -10,6 +10,8 @@ constexpr int64_t kFewRows = 8;  // of an expert: fewer do not repay decoding it
 // The cost of a panel for few rows, in bytes read; rows beyond the first four cost more than reading.
 int64_t panel_cost(const Matrix& w, int64_t rows) { return w.panel_bytes() * (1 + rows / 4); }
 
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Panels of one tile of a product, and of a gated product.
 int64_t tile_panels(const Context& c) { return c.kernels.lanes == kPanel ? 2 : 1; }
 
@@ -35,7 +37,7 @@ void many_swiglu(Context& c, const Mlp& mlp, bf16* out, const bf16* x, int64_t x
   auto** acts = reinterpret_cast<bf16**>(memory + act_bytes + rows * sizeof(void*));
   auto** outs = reinterpret_cast<void**>(memory + act_bytes + rows * 2 * sizeof(void*));
   for (int64_t m = 0; m < rows; ++m) xs[m] = x + m * x_row, acts[m] = act + m * width, outs[m] = out + m * hidden;
-  c.prepare(2 * gemm_room(hidden > width ? hidden : width));
+  c.prepare(larger(2 * gemm_room(*mlp.gate), gemm_room(*mlp.down)));
   each_tile(c, rows, mlp.gate->panels(), 1, [&](int64_t row, int64_t n, int64_t first, int64_t last, int worker) {
     c.kernels.gemm_gated({mlp.gate, mlp.up, xs + row, acts + row, n}, first, last,
                          reinterpret_cast<bf16*>(c.scratch(worker)));
@@ -94,7 +96,7 @@ struct Experts {
     for (int64_t i = 0; i < pairs; ++i) xs[i] = a.x + groups.pairs[i] / a.top_k * a.x_row, acts[i] = act + i * a.width;
     // Of each worker: a block's results, [pairs][block], their places in the groups' order, and decoded weights.
     const int64_t panels = few ? 2 : tile_panels(c), parts_bytes = aligned(pairs * panels * kPanel * 4);
-    c.prepare(parts_bytes + aligned(pointers) + 2 * gemm_room(hidden() > a.width ? hidden() : a.width));
+    c.prepare(parts_bytes + aligned(pointers) + larger(2 * gemm_room(*a.gate_up), gemm_room(*a.down)));
     activate(groups, xs, acts, few, parts_bytes + aligned(pointers));
     mix(groups, acts, few, panels, parts_bytes);
   }
@@ -149,7 +151,7 @@ template <class Rows>
 void by_head(Context& c, const Matrix& stack, int64_t heads, int64_t rows, Rows rows_of) {
   const int64_t panels = stack.panels(), block = rows <= kRows ? smaller(panels, 4) : panels;
   const int64_t blocks = (panels + block - 1) / block, row_blocks = (rows + kRowBlock - 1) / kRowBlock;
-  c.prepare(2 * gemm_room(stack.inner));
+  c.prepare(gemm_room(stack));
   c.ranges(heads * row_blocks * blocks, 1, block * panel_cost(stack, smaller(rows, kRowBlock)),
            [&](int64_t begin, int64_t end, int worker) {
              for (int64_t unit = begin; unit < end; ++unit) {
@@ -192,7 +194,7 @@ void few_products(Context& c, const ProductArgs* products, int count) {
 
 void any_product(Context& c, const ProductArgs& a) {
   if (a.rows <= kRows) return few_products(c, &a, 1);
-  c.prepare(gemm_room(a.weight->inner));
+  c.prepare(gemm_room(*a.weight));
   each_tile(c, a.rows, a.weight->panels(), tile_panels(c),
             [&](int64_t row, int64_t n, int64_t first, int64_t last, int worker) {
               ProductArgs part = a;

@@ -247,17 +247,6 @@ FH_INLINE F round_bf16(F x) {
 #endif
 }
 
-// Even and odd values, already of bf16 precision, in pairs.
-FH_INLINE B join(F low, F high) {
-#if FH_512
-  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
-                         _mm512_and_si512(_mm512_castps_si512(high), _mm512_set1_epi32(int(0xffff0000u))));
-#else
-  return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(low), 16),
-                         _mm256_and_si256(_mm256_castps_si256(high), _mm256_set1_epi32(int(0xffff0000u))));
-#endif
-}
-
 // Four fp32 → four bf16, rounded to nearest even.
 FH_INLINE void narrow4(bf16* p, __m128 x) {
   __m128i u = _mm_castps_si128(x);

@@ -219,7 +219,7 @@ class _Bench:
                 if isinstance(slots, torch.Tensor):
                     slots.normal_(generator=generator)
                 elif slots is not None:
-                    for slots_T in torch.arange(slots.values_SD.shape[0]).split(_FILLED):
+                    for slots_T in torch.split(torch.arange(slots.values_SD.shape[0]), _FILLED):
                         keys_TD = torch.randn(len(slots_T), slots.values_SD.shape[1], generator=generator)
                         slots.write(slots_T, keys_TD)
 
