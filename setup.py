@@ -38,19 +38,22 @@ class BuildNative(build_ext):
     """Compiles `native/` into a plain shared library."""
 
     def build_extension(self, ext: Extension) -> None:
+        # `build_ext --debug` keeps what profilers need to name functions and lines; optimised all the same.
+        symbols = ["-g"] if self.debug else []
+        strip = [] if self.debug else ["-s"]
         objects: list[str] = []
         temp = Path(self.build_temp)
         kernels = str(NATIVE / "kernels.cpp")
         for isa, flags in ISA_FLAGS.items():
             objects += self.compiler.compile(
-                [kernels], str(temp / isa), [(f"FH_ISA_{isa}", None)], extra_postargs=[*KERNEL_FLAGS, *flags]
+                [kernels], str(temp / isa), [(f"FH_ISA_{isa}", None)], extra_postargs=[*KERNEL_FLAGS, *flags, *symbols]
             )
         others = [source for source in ext.sources if source != kernels]
-        objects += self.compiler.compile(others, str(temp), extra_postargs=FLAGS)
+        objects += self.compiler.compile(others, str(temp), extra_postargs=[*FLAGS, *symbols])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, str(target), libraries=["pthread"], extra_postargs=["-s"], target_lang="c++"
+            objects, str(target), libraries=["pthread"], extra_postargs=strip, target_lang="c++"
         )
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -66,5 +66,5 @@ FH_API int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows
 // Decoder layers one after the other, for at most 16 rows; see layers.h.
 FH_API int fh_layers(void* context, const freehold::LayerSizes* sizes, const freehold::LayerWeights* layers,
                      int64_t count, const freehold::LayerStep* step);
-// Seconds that fh_layers() spent since the last call: norms, projections, indexer, attention, router, experts, MLP.
+// Seconds that fh_layers() spent since the last call, by Part (context.h).
 FH_API int fh_clock(void* context, double* seconds);

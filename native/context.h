@@ -40,15 +40,30 @@ class Scratch {
 };
 
 // The parts of a layer that time is counted by, in the order of fh_clock().
-enum class Part { kNorm, kProjections, kIndexer, kAttention, kRouter, kExperts, kMlp, kCount };
+enum class Part {
+  kNorms,
+  kAttentionProject,
+  kAttentionWrite,
+  kAttend,
+  kIndexerProject,
+  kIndexerSelect,
+  kRouter,
+  kExperts,
+  kMlp,
+  kCount
+};
 
 // Seconds by part since they were last taken.
 class Clock {
  public:
   void start() { last_ = now(); }
-  void mark(Part part) {
+  void mark(Part part) { mark(part, part, 0.0); }
+  // What passed since the last mark; `share` of it is the other part's.
+  void mark(Part part, Part other, double share) {
     const auto time = now();
-    seconds_[int(part)] += std::chrono::duration<double>(time - last_).count();
+    const double seconds = std::chrono::duration<double>(time - last_).count();
+    seconds_[int(part)] += seconds * (1.0 - share);
+    seconds_[int(other)] += seconds * share;
     last_ = time;
   }
   void take(double* out) {

@@ -69,6 +69,20 @@ struct Runner {
       ++count;
     }
     few_products(c, products, count);
+    c.clock.mark(Part::kAttentionProject, Part::kIndexerProject, index_share(outputs));
+  }
+
+  // The part of the bytes that only the indexer reads: it has the second half of a call's outputs.
+  template <int N>
+  static double index_share(const Output (&outputs)[N]) {
+    double all = 0, index = 0;
+    for (int i = 0; i < N; ++i) {
+      if (outputs[i].weight == nullptr) continue;
+      const double bytes = double(outputs[i].weight->panels() * outputs[i].weight->panel_bytes());
+      all += bytes;
+      if (N > 1 && i >= N / 2) index += bytes;
+    }
+    return all > 0 ? index / all : 0;
   }
 
   void norm(bf16* out, const bf16* x, int64_t size, const bf16* weight, double eps) const {
@@ -87,7 +101,7 @@ struct Runner {
   void attention(const LayerWeights& w, bf16* latent, void* keys, float* scales) {
     const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
     norm(room.x, step.hidden, s.hidden, w.input_norm, s.eps);
-    c.clock.mark(Part::kNorm);
+    c.clock.mark(Part::kNorms);
     project(room.x, s.hidden,
             {{w.query_a, room.query_latent}, {w.latent_a, room.compressed}, {w.index_key, room.index_key},
              {w.index_weights, room.index_weights, true}});
@@ -101,9 +115,9 @@ struct Runner {
       write_rows(c, key_norm, {keys, s.index_dim, scales, step.slots, rows, s.index_dim, 0, s.rope, step.cos, step.sin,
                                s.index_interleaved != 0});
     }
+    c.clock.mark(Part::kAttentionWrite);
     project(room.query_latent, s.query_rank, {{w.query_b, room.query}, {w.index_query, room.index_query}});
     rotate(room.query, s.heads, s.nope + s.rope, s.nope, s.interleaved != 0);
-    c.clock.mark(Part::kProjections);
     if (w.index_key != nullptr) select_slots(keys, scales);
     const int64_t head = s.nope + s.rope;
     absorb(c, room.absorbed, room.query, s.heads * head, head, rows, s.heads, s.rope, *w.up_key);
@@ -111,9 +125,9 @@ struct Runner {
                           step.width, step.width, -1, s.heads, latent_dim, s.rank, float(s.attention_scale)};
     attend(c, args, room.mixed, rows);
     unabsorb(c, room.values, room.mixed, rows, s.heads, *w.up_value);
+    c.clock.mark(Part::kAttend);
     project(room.values, s.heads * s.value, {{w.output, room.y}});
     add(room.y);
-    c.clock.mark(Part::kAttention);
   }
 
   void select_slots(const void* keys, const float* scales) {
@@ -127,18 +141,22 @@ struct Runner {
                             keys, s.index_dim, scales, span.table, step.block_size, span.start, s.topk};
       select(c, args, step.selection + span.row * step.width, step.width, span.length);
     }
-    c.clock.mark(Part::kIndexer);
+    c.clock.mark(Part::kIndexerSelect);
   }
 
   void mlp(const LayerWeights& w) {
     norm(room.x, step.hidden, s.hidden, w.post_norm, s.eps);
-    c.clock.mark(Part::kNorm);
+    c.clock.mark(Part::kNorms);
     if (w.experts == 0) {
       swiglu(c, {w.gate, w.up, w.down}, room.y, room.x, s.hidden, step.rows);
       add(room.y);
       return c.clock.mark(Part::kMlp);
     }
-    project(room.x, s.hidden, {{w.router, room.scores, true}});
+    const bf16* xs[kRows];
+    void* scores[kRows];
+    for (int64_t m = 0; m < step.rows; ++m) xs[m] = room.x + m * s.hidden, scores[m] = room.scores + m * w.experts;
+    const ProductArgs router{w.router, xs, scores, step.rows, nullptr, true};
+    few_products(c, &router, 1);
     route(c, {w.router_bias, w.experts, s.chosen, s.normalise != 0, float(s.router_scale)}, room.scores, step.rows,
           room.ids, room.expert_weights);
     c.clock.mark(Part::kRouter);

@@ -62,7 +62,7 @@ def new_engine(*, blocks: int, block_size: int, seqs: int, budget: int, builder:
         PagedCache(config, blocks, block_size, torch.float32),
         Sampler(config.vocab_size, config.eos_token_ids, None),
     )
-    runner._batches = builder(block_size)
+    runner.batches = builder(block_size)
     sizes = EngineConfig(
         model_name="nano",
         max_model_len=256,
@@ -141,7 +141,7 @@ def play(seed: int, builder: type[BatchBuilder] = BatchBuilder) -> Engine:
         assert tokens[name] == expected, f"seed {seed}, {name}"
     assert engine.scheduler.blocks.num_free == blocks, "blocks leaked"
     assert isinstance(engine.runner, ModelRunner)
-    assert not engine.runner._batches._tables, "the runner was not told of every end"
+    assert not engine.runner.batches._tables, "the runner was not told of every end"
     return engine
 
 

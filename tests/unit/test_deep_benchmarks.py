@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from index_share import closed_form, context_bytes, share_config
+from index_share import SHORT, closed_form, share_config, step_bytes
 from million_tokens import TOLERANCE, TOPK, Sample, million_config, worst_exchange
 
 from freehold.model.cache import PagedCache
@@ -22,12 +22,12 @@ def test_the_closed_form_gives_the_known_ratios(context: int, ratio: float) -> N
     assert closed_form((context,))[context] == pytest.approx(ratio, abs=0.005)
 
 
-def test_bytes_of_a_step_grow_with_the_full_layers_only() -> None:
+def test_a_longer_context_adds_the_index_keys_of_full_layers_only() -> None:
     for freq, full in ((1, 18), (4, 6)):
         config = GlmConfig.from_dict(share_config(freq))
         assert len(config.full_layers) == full
-        assert context_bytes(config, 100) == 2 * 18 * 100 * 288  # all are attended to: no key is read
-        assert context_bytes(config, 1 << 20) == 2 * (18 * 256 * 288 + full * (1 << 20) * 64)
+        added = step_bytes(config, 1 << 20) - step_bytes(config, SHORT)
+        assert added == 2 * full * ((1 << 20) - SHORT) * 64
 
 
 @pytest.fixture

@@ -16,6 +16,10 @@ PACKAGE = ROOT / "src" / "freehold"
 TORCH = {
     "freehold.engine.batch",
     "freehold.engine.compare",
+    "freehold.engine.bench.ceilings",
+    "freehold.engine.bench.profile",
+    "freehold.engine.bench.run",
+    "freehold.engine.bench.stored",
     "freehold.engine.loading",
     "freehold.engine.runner",
     "freehold.engine.sampler",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ Faults = Annotated[
     ),
 ]
 
-_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache and --verify"
+_FOR_MODEL = "--cache-bytes, --threads, --dtype, --quantize, --index-cache and --verify"
 
 
 def serve(
@@ -85,6 +86,7 @@ def serve(
     index_cache: IndexCacheOption = IndexCache.AUTO,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
+    quantize: QuantizeAs = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     drain_timeout: DrainTimeout = 30.0,
     sim: Sim = False,
@@ -101,7 +103,7 @@ def serve(
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
-    for_model = verify or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
+    for_model = verify or quantize or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
     if sim and (for_model or cache_bytes is not None or threads is not None):
         raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -111,11 +113,8 @@ def serve(
     names = tuple(served_model_name or ())
     if not all(name.strip() for name in names):
         raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
-    limits: dict[str, Any] = {
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_queue": max_queue,
-    }
+    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
+    limits["max_num_batched_tokens"] = max_num_batched_tokens
     optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
     limits |= {name: value for name, value in optional.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
@@ -125,7 +124,7 @@ def serve(
             sampling = SamplingDefaults()
         else:
             settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
-            settings |= {"verify": verify, "index_cache": index_cache.value}
+            settings |= {"verify": verify, "quantize": quantize and quantize.value, "index_cache": index_cache.value}
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
         state = server.build_state(

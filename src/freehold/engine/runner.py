@@ -26,8 +26,8 @@ class ModelRunner:
     """Implements `step.Runner` on a `Glm` and its cache."""
 
     def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler) -> None:
-        self._model, self._cache, self._sampler = model, cache, sampler
-        self._batches = BatchBuilder(cache.block_size)
+        self.model, self.cache, self.sampler = model, cache, sampler
+        self.batches = BatchBuilder(cache.block_size)
         # Prompts still to be scored for `prompt_logprobs`: all their tokens, and how many alternatives.
         self._scored: dict[str, tuple[tuple[int, ...], int]] = {}
 
@@ -36,20 +36,20 @@ class ModelRunner:
         for request in step.new:
             self._add(request)
         with torch.inference_mode():
-            hidden_TH = self._model(self._batches.build(step), self._cache)
+            hidden_TH = self.model(self.batches.build(step), self.cache)
             return self._outputs(step, hidden_TH)
 
     def release(self, request_ids: tuple[str, ...]) -> None:
         for request_id in request_ids:
-            self._sampler.drop(request_id)
-            self._batches.release(request_id)
+            self.sampler.drop(request_id)
+            self.batches.release(request_id)
             self._scored.pop(request_id, None)
 
     def close(self) -> None:
         self._scored.clear()
 
     def _add(self, request: NewRequest) -> None:
-        self._sampler.add(request)
+        self.sampler.add(request)
         if request.params.prompt_logprobs is not None:
             self._scored[request.request_id] = (request.prompt_token_ids, request.params.prompt_logprobs)
 
@@ -67,7 +67,7 @@ class ModelRunner:
         sampled: Iterator[Sampled] = iter(())
         if ids:
             rows = hidden_TH if len(ids) == hidden_TH.shape[0] else hidden_TH[last_rows]
-            sampled = iter(self._sampler.sample(self._model.logits(rows), ids))
+            sampled = iter(self.sampler.sample(self.model.logits(rows), ids))
         outputs = []
         for seq, score in zip(step.seqs, scores, strict=True):
             token = next(sampled) if seq.samples else None
@@ -98,9 +98,9 @@ class ModelRunner:
         found: list[TokenLogprobs] = []
         for first in range(0, len(following), _SCORE_ROWS):
             targets = torch.tensor(following[first : first + _SCORE_ROWS], dtype=torch.int64)
-            logits_PV = self._model.logits(hidden_PH[first : first + len(targets)])
+            logits_PV = self.model.logits(hidden_PH[first : first + len(targets)])
             try:
-                found.extend(self._sampler.score(logits_PV, targets, top))
+                found.extend(self.sampler.score(logits_PV, targets, top))
             except EngineError as error:
                 return error
         return tuple(found)

@@ -28,9 +28,6 @@ from freehold.model.moe import MoE
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import PANEL, PackedHeads, PackedWeight
 
-PARTS = ("norms", "projections", "indexer", "attention", "router", "experts", "mlp")
-"""What `profile_parts` counts time by, in the order of Part in native/context.h."""
-
 
 def _struct(name: str, pointers: str, integers: str = "", doubles: str = "") -> type[ctypes.Structure]:
     fields: list[tuple[str, Any]] = [(field, ctypes.c_void_p) for field in pointers.split()]

@@ -31,6 +31,11 @@ SMALL_ROWS = 16
 
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _NO_SCRATCH = "a native kernel could not allocate its scratch memory"
+# In the order of Part in native/context.h.
+_PARTS = (
+    "norms", "attention.project", "attention.write", "attention.attend", "indexer.project", "indexer.select",
+    "router", "experts", "mlp",
+)  # fmt: skip
 _MOST_CHOSEN = 64  # experts a token may have: the size of an array in the kernels
 
 
@@ -107,11 +112,11 @@ class NativeOps(ReferenceOps):
         if self._native.layers(self._context, sizes, weights, count, step):
             raise MemoryError(_NO_SCRATCH)
 
-    def seconds_by_part(self) -> list[float]:
-        """Seconds that `run_layers` spent since this was last asked, in the order of `fused.PARTS`."""
-        seconds = (ctypes.c_double * 7)()
+    def profile_parts(self) -> dict[str, float]:
+        """Seconds that `run_layers` spent in each part since this was last asked; {} if it did not run."""
+        seconds = (ctypes.c_double * len(_PARTS))()
         self._native.clock(self._context, ctypes.addressof(seconds))
-        return list(seconds)
+        return dict(zip(_PARTS, seconds, strict=True)) if any(seconds) else {}
 
     # -- norms and rotary embedding ------------------------------------------------------------------------------------
 
