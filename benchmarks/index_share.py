@@ -10,11 +10,11 @@ Predictions of the time of a step, and so of the ratio freq 1 : freq 4, from byt
 
     bytes       what `freehold.model.traffic` counts (weights of one token, latents of the selected, index keys of the
                 whole context) / bandwidth
-    calibrated  time measured at context 512 + bytes that a longer context adds / bandwidth
+    calibrated  time measured at context 4,096 + bytes that a longer context adds / bandwidth
 
 The first knows no fixed costs (calls, small kernels, latency), which are most of a step of so small a model at short
-contexts, so the bar is on the second: 512 is past index_topk (256), where a longer context adds index keys and nothing
-else. Bandwidth: what one pass over a large matrix takes, in the same run.
+contexts, so the bar is on the second: 4,096 is far past index_topk (256), where a longer context adds index keys and
+nothing else. Bandwidth: what one pass over a large matrix takes, in the same run.
 
 Beside them stands the closed form of the real GLM-5.2: FLOPs of a decoded token with 78 indexers against 21.
 """
@@ -50,7 +50,7 @@ from freehold.types import SamplingParams
 
 LAYERS = 18
 FREQS = (1, 4)
-SHORT = 512
+SHORT = 4096
 CONTEXTS = (16_384, 65_536, 262_144, 1_048_576)
 _FILL = 65_536  # rows made at a time; the latents repeat after so many
 _STREAM_BYTES = 1 << 29
