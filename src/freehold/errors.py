@@ -8,6 +8,7 @@
     ├── AuthenticationFailed          401  2
     ├── NotFound                      404  2   no such model or route
     ├── Overloaded                    429  5   the queue is full; `retry_after` seconds
+    │   └── SlowReader                429  5   a client left too much of its stream unread, and its request was ended
     ├── Unavailable                   503  5   starting, draining or dead; `retry_after` seconds
     ├── InsufficientMemory            507  5   it cannot fit; the message says how many bytes it needs and has
     ├── ConfigError                   500  3   config.json or a settings file: unknown, missing or contradictory key
@@ -65,6 +66,10 @@ class NotFound(FreeholdError):
 
 class Overloaded(FreeholdError):
     status, exit_code, type, code = 429, 5, "rate_limit_error", "queue_full"
+
+
+class SlowReader(Overloaded):
+    code = "slow_reader"
 
 
 class Unavailable(FreeholdError):

@@ -79,3 +79,25 @@ class FreesSharedBlocks(BlockManager):
     def _release(self, block: int) -> None:
         self._references[block] = 1
         super()._release(block)
+
+
+class KeepsAdoptedBlocks(BlockManager):
+    """Forgets to give back the blocks that adopted ones replace."""
+
+    def adopt(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+        own, before = list(table.blocks), table.num_published
+        adopted = super().adopt(table, token_ids)
+        for block in own[before : before + adopted]:
+            if block in self._empty:
+                self._empty.remove(block)
+        return adopted
+
+
+class AdoptsTheFirst(BlockManager):
+    """Adopts one block of any content."""
+
+    def adopt(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+        at = table.num_published
+        if at < (len(token_ids) - 1) // self.block_size and self._cached:
+            self._cached.setdefault(table.digest(at, token_ids, self.block_size), next(iter(self._cached.values())))
+        return super().adopt(table, token_ids)

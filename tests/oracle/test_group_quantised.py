@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from freehold import LLM, SamplingParams
 from freehold.model.quantize import Scheme, quantize_checkpoint
 from freehold.model.sizes import size_config
 from freehold.model.tiny import write_random_checkpoint
 from tests.oracle.test_fp8 import greedy, load, nearest_bf16
 
 
-def dequantised(directory: Path, out: Path) -> dict[str, torch.Tensor]:
-    """The BF16 checkpoint, by the definition of the format in float64, with another library's reader and writer."""
+def dequantised(directory: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """The plain checkpoint, by the definition of the format in float64, with another library's reader and writer."""
     stored: dict[str, torch.Tensor] = {}
     for shard in sorted(directory.glob("*.safetensors")):
         stored |= load_file(shard)
@@ -32,7 +33,8 @@ def dequantised(directory: Path, out: Path) -> dict[str, torch.Tensor]:
             codes = ((words[:, :, None] >> shifts) & np.uint64(2**bits - 1)).reshape(rows, columns).astype(np.int64)
             scale = stored[owner + "_scale"].double()
             spread = scale.repeat_interleave(columns // scale.shape[1], 1)
-            weights[owner] = nearest_bf16(torch.from_numpy(codes - 2 ** (bits - 1)).double() * spread)
+            exact = torch.from_numpy(codes - 2 ** (bits - 1)).double() * spread
+            weights[owner] = nearest_bf16(exact) if dtype == torch.bfloat16 else exact.float()  # which is exact
         elif not name.endswith((".weight_scale", ".weight_shape")):
             weights[name] = tensor
     out.mkdir()
@@ -61,3 +63,19 @@ def test_groups_are_their_dequantised_bf16_checkpoint(scheme: Scheme, sizes: dic
     assert changed > 100
     prompt = torch.randint(0, 448, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     assert greedy(groups, prompt, 60) == greedy(bf16, prompt, 60)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_engine_answers_as_from_the_dequantised_checkpoint(dtype: str, tmp_path: Path) -> None:
+    """Through everything that serving goes through, with the operations that serving uses."""
+    write_random_checkpoint(size_config("nano"), tmp_path / "source", seed=4, dtype=dtype)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "int8", "int8")
+    assert len(dequantised(tmp_path / "int8", tmp_path / "plain", getattr(torch, dtype))) == 440
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "plain" / name).write_bytes((tmp_path / "source" / name).read_bytes())
+    texts = []
+    for name in ("int8", "plain"):
+        with LLM(tmp_path / name, max_model_len=256, cache_bytes=1 << 22) as llm:
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+            texts.append([answer.text for answer in llm.generate(["To be, or not", "A" * 50], params)])
+    assert texts[0] == texts[1]

@@ -28,8 +28,9 @@ class Blocks(RuleBasedStateMachine):
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14),
         salt=st.sampled_from([None, "a"]),
         spare=st.integers(0, 2),
+        late=st.booleans(),
     )
-    def allocate(self, tokens: list[int], salt: str | None, spare: int) -> object:
+    def allocate(self, tokens: list[int], salt: str | None, spare: int, late: bool) -> object:
         table = BlockTable(salt)
         prefix = self.blocks.find_prefix(table, tokens)
         assert len(prefix) * SIZE < len(tokens), "the last token must be computed"
@@ -41,13 +42,28 @@ class Blocks(RuleBasedStateMachine):
             return multiple()
         assert self.blocks.num_free >= spare
         self.tables.append(table)
-        self._compute(table, tokens, salt, len(prefix))
+        if not late:
+            self._compute(table, tokens, salt, len(prefix))
         return table, tokens, salt
+
+    @rule(one=held)
+    def adopt(self, one: Held) -> None:
+        """What was only allocated takes what others have computed since, and computes the rest."""
+        table, tokens, salt = one
+        if table in self.tables and table.num_published < len(tokens) // SIZE:
+            before, free = table.num_published, self.blocks.num_free
+            first = before + self.blocks.adopt(table, tokens)
+            assert first * SIZE < len(tokens), "the last token must be computed"
+            for index in range(before, first):
+                assert self.content[table.blocks[index]] == (salt, tuple(tokens[: (index + 1) * SIZE]))
+            assert self.blocks.num_free >= free
+            self._compute(table, tokens, salt, first)
 
     @rule(one=held, token=st.integers(0, 1))
     def extend(self, one: Held, token: int) -> None:
         table, tokens, salt = one
-        if table in self.tables and self.blocks.extend(table, len(tokens) + 1):
+        computed = table.num_published == len(tokens) // SIZE
+        if table in self.tables and computed and self.blocks.extend(table, len(tokens) + 1):
             tokens.append(token)
             self._compute(table, tokens, salt, (len(tokens) - 1) // SIZE)
 

@@ -17,16 +17,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from freehold.engine.block_manager import BlockManager
+from freehold.engine.block_manager import BlockManager, BlockTable
 from freehold.engine.request import Request
 from freehold.engine.scheduler import Scheduler, SchedulerConfig
 from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
 from freehold.errors import EngineError
 from freehold.types import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
+from tests.fairness import FairStep
 from tests.faults.block_managers import (
+    AdoptsTheFirst,
     ForgetsTheParent,
     ForgetsTheSalt,
     FreesSharedBlocks,
+    KeepsAdoptedBlocks,
     KeepsEvictedDigests,
     LeaksSharedBlocks,
     ReusesTheLastToken,
@@ -249,9 +252,11 @@ class Play:
             self.scheduler.add(Request(name, arrival.prompt, params, cache_salt=arrival.salt))
 
     def step(self) -> None:
+        watch = FairStep(self.scheduler)
         planned = self.scheduler.schedule()
         if planned is not None:
             assert planned.num_tokens <= self.plan.budget
+            watch.check(planned)
             for chunk in self.scheduler.update(planned, self.runner.execute(planned)):
                 self.take(chunk)
 
@@ -311,12 +316,18 @@ def test_a_schedule_changes_nothing(plan: Plan) -> None:
     run(plan)
 
 
-@pytest.mark.parametrize("what", ["preemption", "prefix hit", "accepted draft", "eviction"])
+@pytest.mark.parametrize("what", ["preemption", "prefix hit", "accepted draft", "eviction", "adoption"])
 def test_the_schedules_reach_what_they_are_meant_to_reach(what: str) -> None:
     """Otherwise the property above would hold for want of trying."""
-    evictions = accepted = 0
+    evictions = accepted = adopted = 0
 
     class Counting(BlockManager):
+        def adopt(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+            nonlocal adopted
+            blocks = super().adopt(table, token_ids)
+            adopted += blocks
+            return blocks
+
         def _evict_one(self) -> int:
             nonlocal evictions
             evictions += 1
@@ -331,6 +342,7 @@ def test_the_schedules_reach_what_they_are_meant_to_reach(what: str) -> None:
             "prefix hit": counters.prefix_hits > 0,
             "accepted draft": accepted > 0,
             "eviction": evictions > 0,
+            "adoption": adopted > 0,
         }[what]
 
     find(plans, reached, settings=SEARCH)
@@ -348,6 +360,8 @@ FAULTS = [
     KeepsEvictedDigests,
     LeaksSharedBlocks,
     FreesSharedBlocks,
+    KeepsAdoptedBlocks,
+    AdoptsTheFirst,
 ]
 
 
@@ -368,7 +382,7 @@ def test_a_wrong_block_manager_is_caught(fault: type[BlockManager]) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [ForgetsTheSalt, ForgetsTheParent, SharesPartialBlocks, SharesRejectedDrafts, KeepsEvictedDigests],
+    [ForgetsTheSalt, ForgetsTheParent, SharesPartialBlocks, SharesRejectedDrafts, KeepsEvictedDigests, AdoptsTheFirst],
     ids=lambda fault: fault.__name__,
 )
 def test_its_tokens_alone_give_it_away(fault: type[BlockManager]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import _index_share_plot
 import pytest
 import torch
 from index_share import SHORT, closed_form, share_config, step_bytes
@@ -62,3 +66,18 @@ def test_a_wrong_or_missing_choice_is_seen(sample_and_cache: tuple[Sample, Paged
     assert worst_exchange(sample, cache, TOPK) == (1, float("inf"))
     sample.slots_K[7] = right
     assert worst_exchange(sample, cache, TOPK) == (0, 0.0)
+
+
+def test_growth_of_other_engines_is_relative_to_their_shortest_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {
+        "small bf16 decode@16384": {"llamacpp_s": [0.5, 0.6, 0.7]},
+        "small bf16 decode@4096": {"llamacpp_s": [0.3]},
+        "small int8 decode@4096": {"llamacpp_s": [9.0]},
+        "small bf16 transformers@4096": {"decode_s": [1.0]},
+        "small bf16 ceilings": {},
+    }
+    (tmp_path / "engine_vs_llamacpp-2026-01-01.json").write_text(json.dumps({"samples": samples}))
+    monkeypatch.setattr(_index_share_plot, "RESULTS", tmp_path)
+    assert _index_share_plot.peers_growth() == {"llama.cpp": {4096: 1.0, 16384: 2.0}}

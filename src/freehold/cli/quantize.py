@@ -33,7 +33,7 @@ def quantize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write an int8, int4 or FP8 copy of a checkpoint, and measure its quality."""
+    """Write a quantised copy of a checkpoint and measure its quality."""
     from rich.console import Console
 
     from freehold.errors import InvalidRequest
@@ -142,4 +142,4 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
             f"{bucket.perplexity_change:+.2%}",
         )
     console.print(table)
-    console.print(f"KL in nats. Beyond position {comparison.index_topk:,} attention is sparse.")
+    console.print(f"KL in nats. From position {comparison.index_topk:,} on, attention is sparse.")

@@ -58,7 +58,7 @@ Faults = Annotated[
     ),
 ]
 
-_FOR_MODEL = "--cache-bytes, --threads, --dtype, --quantize, --index-cache and --verify"
+_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --quantize and --verify"
 
 
 def serve(
@@ -113,8 +113,11 @@ def serve(
     names = tuple(served_model_name or ())
     if not all(name.strip() for name in names):
         raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
-    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
-    limits["max_num_batched_tokens"] = max_num_batched_tokens
+    limits: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_queue": max_queue,
+    }
     optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
     limits |= {name: value for name, value in optional.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
@@ -124,7 +127,8 @@ def serve(
             sampling = SamplingDefaults()
         else:
             settings = {"dtype": dtype.value, "threads": threads, "cache_bytes": parse_bytes(cache_bytes)}
-            settings |= {"verify": verify, "quantize": quantize and quantize.value, "index_cache": index_cache.value}
+            settings |= {"verify": verify, "index_cache": index_cache.value}
+            settings["quantize"] = None if quantize is None else quantize.value
             engine, tokenizer = _load(directory, limits | settings)
             sampling = SamplingDefaults.from_dir(directory)
         state = server.build_state(

@@ -8,6 +8,11 @@
 
 The event loop never waits for the engine and shares no lock with it; the engine's thread sleeps in its inbox while
 there is nothing to do. Everything here but `_Worker` runs on the event loop, and so needs no locks of its own.
+
+A stream that is not read does not slow the others down, nor its own request: a paused request would hold its blocks for
+as long as a client likes. Its chunks wait, MOST_UNREAD of them at most; then the request is aborted, and its reader, if
+it ever comes back, gets what waited and a `SlowReader` error. (A client that is served over HTTP has the buffers of
+the sockets on top of that.)
 """
 
 from __future__ import annotations
@@ -26,9 +31,11 @@ from typing import Any
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request
-from freehold.errors import FreeholdError, InvalidRequest, Overloaded, Unavailable
+from freehold.errors import FreeholdError, InvalidRequest, Overloaded, SlowReader, Unavailable
 from freehold.types import FinishReason, SamplingParams, TokenChunk
 
+# Chunks: minutes of a reader's absence, some 10 MB, and far more than a busy event loop falls behind by.
+MOST_UNREAD = 16_384
 _LONGEST_RETRY = 60.0  # seconds; the estimate gets poor beyond it
 _SOON = 5.0  # seconds after which to retry when the engine starts or drains
 _GRACE = 5.0  # seconds that a step has to end once everything is aborted
@@ -82,17 +89,30 @@ class _Worker(threading.Thread):
 class _Mailbox:
     """Chunks of one request on their way to its stream."""
 
-    __slots__ = ("abandoned", "chunks", "waiter")
+    __slots__ = ("abandoned", "chunks", "full", "waiter")
 
     def __init__(self) -> None:
         self.chunks: deque[TokenChunk] = deque()
         self.waiter: asyncio.Future[None] | None = None
         self.abandoned = False  # nobody will read it; it stays until the engine has ended the request
+        self.full = False  # it took all it takes, and its last chunk says so
 
-    def put(self, chunk: TokenChunk) -> None:
-        if not self.abandoned:
-            self.chunks.append(chunk)
-            self._wake()
+    def put(self, chunk: TokenChunk) -> bool:
+        """Take a chunk. False if it is one too many: the request should be aborted."""
+        if self.abandoned or self.full:
+            return True
+        self.full = len(self.chunks) >= MOST_UNREAD and chunk.finish_reason is None
+        if self.full:
+            error = SlowReader(
+                f"{MOST_UNREAD:,} parts of the answer were waiting to be read, and the request was ended; "
+                "read the stream as it comes"
+            )
+            chunk = dataclasses.replace(
+                chunk, token_ids=(), logprobs=None, finish_reason=FinishReason.ERROR, stop_token_id=None, error=error
+            )
+        self.chunks.append(chunk)
+        self._wake()
+        return not self.full
 
     def abandon(self) -> None:
         self.abandoned = True
@@ -330,9 +350,11 @@ class AsyncEngine:
             mailbox = self._streams.get(chunk.request_id)
             if mailbox is None:
                 continue
-            mailbox.put(chunk)
+            taken = mailbox.put(chunk)
             if chunk.finish_reason is not None:
                 del self._streams[chunk.request_id]
+            elif not taken:
+                self.abort(chunk.request_id)
         if not self._streams:
             self._idle.set()
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 from freehold.errors import EngineError
@@ -109,15 +109,34 @@ class BlockManager:
         Stops short of the last token, which has to be computed for its logits, and at the first miss, so that a prompt
         that nobody asked before costs one digest.
         """
-        found: list[int] = []
         if not self.enable_prefix_cache:
-            return found
-        for index in range((len(token_ids) - 1) // self.block_size):
+            return []
+        return list(self._cached_run(table, token_ids, 0))
+
+    def adopt(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+        """Replace blocks behind the published ones by cached ones of the same content; returns how many there were.
+
+        For a request whose next blocks another one computed in the meantime: its own are released, be they empty or
+        filled in part, the table is a rebuilt one (a new epoch), and what was adopted counts as computed and published.
+        Stops where `find_prefix` does.
+        """
+        before = table.num_published
+        for block in self._cached_run(table, token_ids, before):
+            self._acquire(block)
+            self._release(table.blocks[table.num_published])
+            table.blocks[table.num_published] = block
+            table.num_published += 1
+        if table.num_published > before:
+            table.epoch += 1
+            table._ids = ()
+        return table.num_published - before
+
+    def _cached_run(self, table: BlockTable, token_ids: Sequence[int], first: int) -> Iterator[int]:
+        for index in range(first, (len(token_ids) - 1) // self.block_size):
             block = self._cached.get(table.digest(index, token_ids, self.block_size))
             if block is None:
-                break
-            found.append(block)
-        return found
+                return
+            yield block
 
     def allocate(self, table: BlockTable, num_tokens: int, prefix: Sequence[int] = (), spare: int = 0) -> bool:
         """Build an empty table that covers `num_tokens` positions and begins with the found prefix.

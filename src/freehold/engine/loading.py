@@ -87,18 +87,17 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported (bfloat16 or float32)")
     dtype = _DTYPES[name]
-    torch.set_num_threads(options.threads or DEFAULT_THREADS)
     ops = load_ops(dtype, options.ops, options.threads)
+    native = isinstance(ops, NativeOps)
+    # Beside the kernels, what is left to torch is small, and its threads spin for a while after each operation: on the
+    # very cores that the kernels' threads need next. While weights are packed they wait for one another instead.
+    torch.set_num_threads(1 if native else options.threads or DEFAULT_THREADS)
     model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
-    if isinstance(ops, NativeOps) or options.quantize is not None:
+    if native or options.quantize is not None:
         pack_model(model, forms(config, options.quantize))
     load_weights(model, directory, progress=progress, verify=options.verify)
-    if isinstance(ops, NativeOps):
-        if fits(config, layers := model.decoder_layers):
-            model.run_few = FusedLayers(ops, config, layers)
-        # What is left to torch is small, and its threads spin for a while after each of its operations: on the very
-        # cores that the kernels' threads need next. On 2 cores that halves the speed of prefill.
-        torch.set_num_threads(1)
+    if isinstance(ops, NativeOps) and fits(config, layers := model.decoder_layers):
+        model.run_few = FusedLayers(ops, config, layers)
     return model
 
 

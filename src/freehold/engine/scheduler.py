@@ -3,15 +3,22 @@
 Each step is filled in this order, under `max_num_batched_tokens`:
 
     1. decode     every running request that generates gets its one token (and room for its drafts);
-    2. prefill    running requests whose prompt is not finished continue, oldest first, in chunks;
-    3. admission  waiting requests start, first come first served, if there are blocks for all their tokens.
+    2. admission  waiting requests are admitted, first come first served, as long as there are blocks for all their
+                  tokens and fewer than `max_running` run, whether or not their turn to be computed has come;
+    3. prefill    the rest of the budget is shared by the prompts that are not finished, in chunks (`shares`): half of
+                  it in order of arrival, the rest shortest first.
 
-So a long prompt delays running streams by at most one chunk's step, and never starves them.
+So a long prompt delays running streams, and short prompts behind it, by at most one chunk's step, and what arrives
+later takes at most half of its speed.
 
 Blocks for a whole prompt are taken at admission, so only decoding can run out of them. Then the youngest running
 request is preempted: its blocks are freed, it returns to the head of the queue, and later recomputes its prompt and
-output (the prefix cache usually still has them). Requests are admitted and preempted in one order, their arrival; hence
-`running` is always sorted, all of it is older than all of `waiting`, and the oldest request always gets on.
+output (the prefix cache usually still has them). Blocks are given and taken in one order, that of arrival, even though
+prompts are not finished in it; hence `running` is always sorted, all of it is older than all of `waiting`, and the
+oldest request gets on in every step: its token if it generates, else at least half of what the decodes leave.
+
+What the prefix cache has is looked up at admission and again before each chunk, for in between an equal prompt may
+have been computed.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from dataclasses import dataclass
 
 from freehold.engine.block_manager import BlockManager
 from freehold.engine.request import Request, RequestStatus
+from freehold.engine.shares import share
 from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
 from freehold.errors import ContextTooLong, EngineError, InsufficientMemory, InvalidRequest
 from freehold.types import FinishReason, SamplingParams, TokenChunk
@@ -140,32 +148,29 @@ class Scheduler:
         if not self.requests:
             return None
         seqs: list[ScheduledSeq] = []
-        preempted = self.counters.preemptions
-        budget = self._schedule_decodes(seqs, self.config.max_num_batched_tokens)
-        budget = self._schedule_prefills(seqs, budget)
         new: list[NewRequest] = []
+        preempted = self.counters.preemptions
+        budget = self._schedule_decodes(seqs, new, self.config.max_num_batched_tokens)
+        decoding = len(seqs)
         if preempted == self.counters.preemptions:  # what was just preempted must not be admitted in its place
-            self._admit(seqs, new, budget)
+            self._admit()
+        self._schedule_prefills(seqs, new, budget, decoding)
         if not seqs:
             raise EngineError("scheduler: requests are waiting but none can run")  # excluded by check()
         self._next_step += 1
         return StepInput(self._next_step, tuple(seqs), tuple(new), self.take_finished())
 
-    def _schedule_decodes(self, seqs: list[ScheduledSeq], budget: int) -> int:
+    def _schedule_decodes(self, seqs: list[ScheduledSeq], new: list[NewRequest], budget: int) -> int:
         running, drafts = self.running, self.config.num_draft_tokens
         at = 0
         while at < len(running):  # preemption shortens the list at its end
             request = running[at]
             at += 1
-            last = len(request.token_ids) - 1
-            if request.num_computed_tokens != last:
+            if request.num_computed_tokens != len(request.token_ids) - 1:
                 continue
             if not self._reserve(request):
                 break  # it was the youngest, and preempted itself
-            table = request.table
-            seqs.append(
-                ScheduledSeq(request.request_id, (request.token_ids[last],), last, table.ids, table.epoch, True)
-            )
+            self._schedule(request, 1, seqs, new)
             budget -= 1 + drafts
         return budget
 
@@ -180,51 +185,64 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_prefills(self, seqs: list[ScheduledSeq], budget: int) -> int:
-        for request in self.running:
-            if budget < 1:
-                break
-            if request.num_computed_tokens < len(request.token_ids) - 1:
-                budget -= self._schedule_chunk(request, seqs, budget)
-        return budget
-
-    def _schedule_chunk(self, request: Request, seqs: list[ScheduledSeq], budget: int) -> int:
-        start = request.num_computed_tokens
-        stop = min(len(request.token_ids), start + budget)
-        tokens = tuple(request.token_ids[start:stop])
-        samples = stop == len(request.token_ids)
-        table = request.table
-        seqs.append(ScheduledSeq(request.request_id, tokens, start, table.ids, table.epoch, samples))
-        return stop - start
-
-    def _admit(self, seqs: list[ScheduledSeq], new: list[NewRequest], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_running:
-            request = self.waiting[0]
-            if not self._take_blocks(request):
-                return  # nobody overtakes it: a large request would wait for ever
-            self.waiting.popleft()
+    def _admit(self) -> None:
+        """Admit in order of arrival, and nobody overtakes: a large request would wait for ever."""
+        while self.waiting and len(self.running) < self.config.max_running and self._take_blocks(self.waiting[0]):
+            request = self.waiting.popleft()
             self.running.append(request)
             request.status = RequestStatus.RUNNING
-            if not request.announced:
-                request.announced = True
-                new.append(NewRequest(request.request_id, request.prompt_token_ids, request.params))
-            budget -= self._schedule_chunk(request, seqs, budget)
 
     def _take_blocks(self, request: Request) -> bool:
         """Give a waiting request blocks for all its tokens, beginning with those the prefix cache has."""
-        # Logprobs of the prompt need every position computed, until they have been handed out.
-        looked_up = request.prompt_logprobs is None and self.blocks.enable_prefix_cache
-        prefix = self.blocks.find_prefix(request.table, request.token_ids) if looked_up else []
+        prefix = self.blocks.find_prefix(request.table, request.token_ids) if self._may_share(request) else []
         # A spare block for each running request keeps it from preempting the newcomer as soon as its own is full.
         wanted = self._positions_wanted(request)
         if not self.blocks.allocate(request.table, wanted, prefix, spare=len(self.running)):
             return False
         request.num_computed_tokens = len(prefix) * self.blocks.block_size
-        if request.status is RequestStatus.WAITING and looked_up:  # not after a preemption: it would find itself
+        return True
+
+    def _may_share(self, request: Request) -> bool:
+        """Logprobs of the prompt need every position computed, until they have been handed out."""
+        return self.blocks.enable_prefix_cache and request.prompt_logprobs is None
+
+    def _schedule_prefills(self, seqs: list[ScheduledSeq], new: list[NewRequest], budget: int, decoding: int) -> None:
+        """Chunks of all that run but the `decoding` ones that have their token, which are first in `seqs`."""
+        if len(self.running) == decoding:
+            return
+        scheduled = {seq.request_id for seq in seqs}
+        prompts = [request for request in self.running if request.request_id not in scheduled]
+        for request in prompts:
+            self._adopt(request)
+        for request, count in self._share(prompts, budget):
+            self._schedule(request, count, seqs, new)
+
+    def _adopt(self, request: Request) -> None:
+        """Take over what others have computed of a prompt since it was admitted or had its last chunk."""
+        if self._may_share(request) and self.blocks.adopt(request.table, request.token_ids):
+            request.num_computed_tokens = request.table.num_published * self.blocks.block_size
+
+    def _share(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
+        return share(prompts, budget, self.blocks.block_size if self.blocks.enable_prefix_cache else None)
+
+    def _schedule(self, request: Request, count: int, seqs: list[ScheduledSeq], new: list[NewRequest]) -> None:
+        """Add the next `count` tokens of a request to the step."""
+        if not request.announced:
+            self._announce(request, new)
+        start, stop = request.num_computed_tokens, request.num_computed_tokens + count
+        tokens = tuple(request.token_ids[start:stop])
+        table = request.table
+        samples = stop == len(request.token_ids)
+        seqs.append(ScheduledSeq(request.request_id, tokens, start, table.ids, table.epoch, samples))
+
+    def _announce(self, request: Request, new: list[NewRequest]) -> None:
+        """A request runs for the first time: tell the runner, and count what others had computed of it."""
+        request.announced = True
+        new.append(NewRequest(request.request_id, request.prompt_token_ids, request.params))
+        if self._may_share(request):
             request.num_cached_tokens = request.num_computed_tokens
             self.counters.prefix_queries += request.num_prompt_tokens
             self.counters.prefix_hits += request.num_cached_tokens
-        return True
 
     def _positions_wanted(self, request: Request) -> int:
         """Positions to hold a place in the cache for: all known tokens, and drafts as far as the request can go."""

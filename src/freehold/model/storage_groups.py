@@ -8,8 +8,8 @@ a matrix X.weight [O, I] is three tensors on disk: X.weight_packed int32 [O, I *
 matches from the name's start, or a class: "Linear" is every matrix but the embedding and the router. A name goes before
 a class, and `ignore` before both. Engines differ in which of two groups they take, so a module in two is refused.
 
-Source: `compressed-tensors` 0.15 (`QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs`, `pack_quantized`) and
-vLLM's `compressed_tensors/utils.py`.
+Source: the library `compressed-tensors` (`QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs`, helpers of
+`pack_quantized`) and vLLM's `compressed_tensors/utils.py`, as of November 2026.
 """
 
 from __future__ import annotations

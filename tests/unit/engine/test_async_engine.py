@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import pytest
 from blockbuster import blockbuster_ctx
 
+from freehold.engine import async_engine
 from freehold.engine.async_engine import AsyncEngine
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.step import SeqOutput, StepInput
@@ -21,6 +22,7 @@ from freehold.errors import (
     InsufficientMemory,
     InvalidRequest,
     Overloaded,
+    SlowReader,
     Unavailable,
 )
 from freehold.types import FinishReason, SamplingParams, TokenChunk
@@ -228,6 +230,45 @@ async def test_a_used_id_is_refused_until_its_request_has_ended(running: tuple[A
     gate.open.set()
     await until(lambda: not engine._streams)
     assert len(await collect(ask(engine, "a"))) == 5
+
+
+async def test_a_stream_that_is_not_read_is_ended(
+    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "MOST_UNREAD", 20)
+    engine, gate = running
+    slow = ask(engine, "slow", 3000)
+    await until(lambda: gate.steps > 20 and empty(engine))
+    assert engine.stats().finished[FinishReason.ABORT] == 1
+    assert len(await collect(ask(engine, "other", 10))) == 10, "others do not notice"
+    chunks = await collect(slow)
+    assert [len(chunk.token_ids) for chunk in chunks] == [1] * 20 + [0], "what waited is not lost"
+    assert isinstance(chunks[-1].error, SlowReader)
+    assert chunks[-1].finish_reason is FinishReason.ERROR
+    assert len(await collect(ask(engine, "slow", 3))) == 3, "its id is free again"
+
+
+async def test_a_stream_that_is_read_in_time_is_not_ended(
+    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "MOST_UNREAD", 20)
+    engine, gate = running
+    stream = ask(engine, "a", 21)
+    await until(lambda: gate.steps == 21 and empty(engine))
+    chunks = await collect(stream)
+    assert len(chunks) == 21, "exactly as many as may wait, and the last"
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_full_stream_that_is_dropped_is_gone(
+    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "MOST_UNREAD", 2)
+    engine, gate = running
+    stream = ask(engine, "a", 2000)
+    await until(lambda: gate.steps > 5 and empty(engine))
+    await stream.aclose()
+    assert await collect(stream) == []
 
 
 async def test_throwing_into_a_stream_aborts(running: tuple[AsyncEngine, Gate]) -> None:

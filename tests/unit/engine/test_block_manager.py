@@ -201,3 +201,45 @@ def test_integrity_names_a_leak_and_a_wrong_share() -> None:
     blocks._references[table.blocks[1]] = 2
     with pytest.raises(EngineError, match="shared but not full"):
         blocks.check_integrity([table, other])
+
+
+# ── adopting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_another_one_computed_meanwhile_is_adopted() -> None:
+    blocks = BlockManager(16, 4)
+    first, second = BlockTable(), BlockTable()
+    assert blocks.allocate(first, 14)
+    assert blocks.allocate(second, 13)
+    before, epoch = second.ids, second.epoch
+    assert blocks.adopt(second, TOKENS[:13]) == 0
+    assert (second.ids, second.epoch) == (before, epoch)
+    blocks.publish(first, TOKENS[:14], 9)
+    assert blocks.adopt(second, TOKENS[:13]) == 2
+    assert second.ids == first.ids[:2] + before[2:]
+    assert second.epoch > epoch, "a runner must not append to the old table"
+    assert second.num_published == 2
+    assert blocks.num_free == 16 - 4 - 2
+    blocks.check_integrity([first, second])
+    blocks.publish(first, TOKENS[:14], 14)
+    assert blocks.adopt(second, TOKENS[:13]) == 1, "the last token has to be computed"
+    blocks.free(first)
+    blocks.free(second)
+    assert blocks.num_free == 16
+    blocks.check_integrity()
+
+
+def test_the_last_token_is_not_adopted() -> None:
+    blocks = BlockManager(16, 4)
+    filled(blocks, TOKENS[:8])
+    table = BlockTable()
+    assert blocks.allocate(table, 8)
+    assert blocks.adopt(table, TOKENS[:8]) == 1
+
+
+def test_nothing_is_adopted_across_salts_or_without_a_cache() -> None:
+    for blocks, salt in ((BlockManager(16, 4), "a"), (BlockManager(16, 4, enable_prefix_cache=False), None)):
+        filled(blocks, TOKENS[:12])
+        table = BlockTable(salt)
+        assert blocks.allocate(table, 12)
+        assert blocks.adopt(table, TOKENS[:12]) == 0

@@ -359,6 +359,23 @@ def test_a_stall_holds_up_one_request_only() -> None:
     assert tokens == {"stalled": 6, "other": 6}
 
 
+def test_a_short_request_behind_a_long_prompt_waits_less_than_two_chunks() -> None:
+    time = Time()
+    sim = SimConfig(seconds_per_prefill_token=0.001)
+    engine, _ = build_sim_engine(sim, max_num_batched_tokens=2048, clock=time.clock, sleep=time.sleep)
+    params = SamplingParams(max_tokens=2)
+    engine.add(Request("long", [1] * 16_384, params))
+    engine.step()
+    engine.add(Request("short", [2] * 32, params))
+    arrived, first = time.now, dict[str, float]()
+    while engine.has_work:
+        for chunk in engine.step():
+            if chunk.token_ids:
+                first.setdefault(chunk.request_id, time.now - arrived)
+    assert first["short"] == pytest.approx(2.048)
+    assert first["long"] == pytest.approx(16.384 - 2.048 + 0.032), "which costs the long prompt 32 tokens"
+
+
 def test_an_error_after_some_tokens() -> None:
     said = say(prompt("user: Hello [[sim error after=3]]"))
     assert said.usage.completion_tokens == 3

@@ -36,7 +36,6 @@ from freehold.engine.step import NewRequest, SeqOutput, StepInput
 from freehold.errors import EngineError, InvalidRequest
 from freehold.model.cache_layout import IndexFormat, LatentFormat, cache_bytes_per_token
 from freehold.model.config import GlmConfig
-from freehold.model.index_keys import Fp8Keys
 from freehold.model.ops.native import DEFAULT_THREADS
 from freehold.model.packing import Quantize
 from freehold.model.tokenizer import Tokenizer
@@ -57,6 +56,7 @@ Detokenizer = Callable[[int], object]
 
 _SERVED = EngineOptions()  # what a server has by default
 _WARM_UP = 6  # steps before the first sample, half of them profiled
+_FILLED = 1 << 16  # index keys made at a time
 _SEED = 0
 
 
@@ -216,10 +216,12 @@ class _Bench:
         cache = self._runner.cache
         with torch.inference_mode():
             for slots in (*cache.latent, *cache.index):
-                if isinstance(slots, Fp8Keys):
-                    raise EngineError("profiling: 8-bit index keys are not known here")
-                if slots is not None:
+                if isinstance(slots, torch.Tensor):
                     slots.normal_(generator=generator)
+                elif slots is not None:
+                    for slots_T in torch.arange(slots.values_SD.shape[0]).split(_FILLED):
+                        keys_TD = torch.randn(len(slots_T), slots.values_SD.shape[1], generator=generator)
+                        slots.write(slots_T, keys_TD)
 
     # ── decode ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
