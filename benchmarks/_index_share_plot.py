@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from _common import RESULTS
 
-_PEERS = "decode_by_context"
+_DECODE = re.compile(r"small bf16 (decode|transformers)@(\d+)")
 
 
 def peers_growth() -> dict[str, dict[int, float]]:
-    """Decode time by context relative to the shortest one, of other engines, as the newest results have it.
+    """Decode time by context relative to the shortest one, of other engines, as the newest kept results have it.
 
-    Looks in `benchmarks/results/*.json` for samples["decode_by_context"] = {engine: {context: seconds a token}}.
+    Reads the results of `engine_vs_llamacpp.py`: the model `small` in bf16, one request. An engine that was measured at
+    one context only has no growth, and is left out.
     """
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem[-10:]):  # the date ends the name
-        for name, times in json.loads(path.read_text()).get("samples", {}).get(_PEERS, {}).items():
-            by_context = {int(context): float(seconds) for context, seconds in times.items()}
-            shortest = by_context[min(by_context)]
-            found[name] = {context: by_context[context] / shortest for context in sorted(by_context)}
+    times: dict[str, dict[int, float]] = {}
+    for path in sorted(RESULTS.glob("engine_vs_llamacpp*.json"), key=lambda path: path.stem[-10:]):  # ends in its date
+        for name, sample in json.loads(path.read_text())["samples"].items():
+            if (match := _DECODE.fullmatch(name)) is None:
+                continue
+            llama = match[1] == "decode"
+            engine, seconds = ("llama.cpp", sample["llamacpp_s"]) if llama else ("transformers", sample["decode_s"])
+            times.setdefault(engine, {})[int(match[2])] = median(seconds)
+    found = {}
+    for engine, by_context in times.items():
+        shortest = by_context[min(by_context)]
+        if len(by_context) > 1:
+            found[engine] = {context: by_context[context] / shortest for context in sorted(by_context)}
     if not found:
-        print("no kept result has decode times of other engines by context, so the plot shows ours alone")
+        print("no kept result has decode times of other engines at several contexts, so the plot shows ours alone")
     return found
 
 

@@ -8,12 +8,13 @@ cache; a request with such a prompt then hits all of it and starts to decode. Bo
 
 Predictions of the time of a step, and so of the ratio freq 1 : freq 4, from bytes that a step must read:
 
-    bytes       (weights of one token + latents of the selected + index keys of the whole context) / bandwidth
-    calibrated  time measured at context 512 + bytes that a longer context adds / bandwidth
+    bytes       what `freehold.model.traffic` counts (weights of one token, latents of the selected, index keys of the
+                whole context) / bandwidth
+    calibrated  time measured at context 4,096 + bytes that a longer context adds / bandwidth
 
 The first knows no fixed costs (calls, small kernels, latency), which are most of a step of so small a model at short
-contexts, so the bar is on the second: 512 is past index_topk (256), where a longer context adds index keys and nothing
-else. Bandwidth: what one pass over a large matrix takes, in the same run.
+contexts, so the bar is on the second: 4,096 is far past index_topk (256), where a longer context adds index keys and
+nothing else. Bandwidth: what one pass over a large matrix takes, in the same run.
 
 Beside them stands the closed form of the real GLM-5.2: FLOPs of a decoded token with 78 indexers against 21.
 """
@@ -41,12 +42,15 @@ from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inspect import published_config
+from freehold.model.ops.native import NativeOps
+from freehold.model.packed import PackedWeight
 from freehold.model.sizes import size_config
+from freehold.model.traffic import Formats, decode_step, step_traffic, total, weight_formats
 from freehold.types import SamplingParams
 
 LAYERS = 18
 FREQS = (1, 4)
-SHORT = 512
+SHORT = 4096
 CONTEXTS = (16_384, 65_536, 262_144, 1_048_576)
 _FILL = 65_536  # rows made at a time; the latents repeat after so many
 _STREAM_BYTES = 1 << 29
@@ -102,24 +106,10 @@ def closed_form(contexts: tuple[int, ...]) -> dict[int, float]:
     return {n: flops_per_token(config, n, every) / flops_per_token(config, n, full) for n in contexts}
 
 
-def weight_bytes(model: Glm) -> float:
-    """Bytes of weights that one decoded token reads: of the experts its share, of the embedding one row."""
-    config, total = model.config, 0.0
-    for name, parameter in model.named_parameters():
-        share = 1.0
-        if ".experts." in name:
-            share = config.num_experts_per_tok / config.n_routed_experts
-        elif name == "embed_tokens":
-            share = 1 / config.vocab_size
-        total += share * parameter.numel() * parameter.element_size()
-    return total
-
-
-def context_bytes(config: GlmConfig, context: int) -> int:
-    """Bytes of the bf16 caches that one decoded token reads; index keys only where there is a choice to make."""
-    latents = config.num_hidden_layers * min(context, config.index_topk) * config.latent_dim
-    keys = len(config.full_layers) * context * config.index_head_dim if context > config.index_topk else 0
-    return 2 * (latents + keys)
+def step_bytes(config: GlmConfig, context: int) -> float:
+    """Bytes that a decode step moves at least: weights, caches, all in bf16 (`freehold.model.traffic`)."""
+    formats = Formats(weight_formats("bf16"))
+    return total(step_traffic(config, formats, decode_step(context)).values()).bytes
 
 
 @dataclass
@@ -191,23 +181,25 @@ def decode(subject: Subject, prompt: tuple[int, ...], context: int, steps: int) 
     return times[1 : steps + 1]
 
 
-def bandwidth(model: Glm) -> float:
+def bandwidth(ops: NativeOps) -> float:
     """Bytes a second of one row through a matrix that no cache holds, with the engine's own kernel and threads."""
-    weight = torch.ones(_STREAM_BYTES // 8192, 4096, dtype=model.dtype)
-    x = torch.ones(1, 4096, dtype=model.dtype)
+    outputs, inner = _STREAM_BYTES // 8192, 4096
+    weight = PackedWeight(outputs, inner, "bf16")
+    weight.codes.zero_()
+    x = torch.ones(1, inner, dtype=torch.bfloat16)
     start = time.perf_counter()
     with torch.inference_mode():
-        model.ops.linear(x, weight)
-    return weight.numel() * weight.element_size() / (time.perf_counter() - start)
+        ops.linear(x, weight)
+    return _STREAM_BYTES / (time.perf_counter() - start)
 
 
 def measure(
     subjects: list[Subject], prompt: tuple[int, ...], contexts: tuple[int, ...], args: argparse.Namespace
 ) -> list[float]:
     """Step times into the subjects, everything alternating; returns the samples of the bandwidth."""
-    streams = []
+    streams, ops = [], NativeOps(args.threads)
     for i in range(args.rounds + 1):  # the first round warms up
-        streams.append(bandwidth(subjects[0].model))
+        streams.append(bandwidth(ops))
         for context in (SHORT, *contexts):
             for subject in subjects if i % 2 else reversed(subjects):
                 times = decode(subject, prompt, context, args.steps)
@@ -222,9 +214,8 @@ def measure(
 def predict(subject: Subject, context: int, rate: float) -> tuple[float, float]:
     """Seconds of a step: from bytes alone, and calibrated."""
     config = subject.model.config
-    read = weight_bytes(subject.model) + context_bytes(config, context)
-    added = context_bytes(config, context) - context_bytes(config, SHORT)
-    return read / rate, subject.time(SHORT) + added / rate
+    read, short = step_bytes(config, context), step_bytes(config, SHORT)
+    return read / rate, subject.time(SHORT) + (read - short) / rate
 
 
 def evaluate(report: Report, subjects: list[Subject], contexts: tuple[int, ...], rate: float) -> dict[str, Any]:

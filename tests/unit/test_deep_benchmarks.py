@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import _index_share_plot
 import pytest
 import torch
-from index_share import closed_form, context_bytes, share_config
+from index_share import SHORT, closed_form, share_config, step_bytes
 from million_tokens import TOLERANCE, TOPK, Sample, million_config, worst_exchange
 
 from freehold.model.cache import PagedCache
@@ -22,12 +26,12 @@ def test_the_closed_form_gives_the_known_ratios(context: int, ratio: float) -> N
     assert closed_form((context,))[context] == pytest.approx(ratio, abs=0.005)
 
 
-def test_bytes_of_a_step_grow_with_the_full_layers_only() -> None:
+def test_a_longer_context_adds_the_index_keys_of_full_layers_only() -> None:
     for freq, full in ((1, 18), (4, 6)):
         config = GlmConfig.from_dict(share_config(freq))
         assert len(config.full_layers) == full
-        assert context_bytes(config, 100) == 2 * 18 * 100 * 288  # all are attended to: no key is read
-        assert context_bytes(config, 1 << 20) == 2 * (18 * 256 * 288 + full * (1 << 20) * 64)
+        added = step_bytes(config, 1 << 20) - step_bytes(config, SHORT)
+        assert added == 2 * full * ((1 << 20) - SHORT) * 64
 
 
 @pytest.fixture
@@ -62,3 +66,18 @@ def test_a_wrong_or_missing_choice_is_seen(sample_and_cache: tuple[Sample, Paged
     assert worst_exchange(sample, cache, TOPK) == (1, float("inf"))
     sample.slots_K[7] = right
     assert worst_exchange(sample, cache, TOPK) == (0, 0.0)
+
+
+def test_growth_of_other_engines_is_relative_to_their_shortest_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {
+        "small bf16 decode@16384": {"llamacpp_s": [0.5, 0.6, 0.7]},
+        "small bf16 decode@4096": {"llamacpp_s": [0.3]},
+        "small int8 decode@4096": {"llamacpp_s": [9.0]},
+        "small bf16 transformers@4096": {"decode_s": [1.0]},
+        "small bf16 ceilings": {},
+    }
+    (tmp_path / "engine_vs_llamacpp-2026-01-01.json").write_text(json.dumps({"samples": samples}))
+    monkeypatch.setattr(_index_share_plot, "RESULTS", tmp_path)
+    assert _index_share_plot.peers_growth() == {"llama.cpp": {4096: 1.0, 16384: 2.0}}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
+from freehold.engine.loading import EngineOptions, load_model
 from freehold.errors import ConfigError
 from freehold.model import cache_layout
 from freehold.model.cache import IndexCache, PagedCache, cache_bytes_per_token
@@ -17,10 +19,12 @@ from freehold.model.glm import Glm
 from freehold.model.index_keys import Fp8Keys
 from freehold.model.inputs import single_sequence
 from freehold.model.inspect import published_config
+from freehold.model.ops.fused import FusedLayers
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
 from freehold.model.sizes import size_config
-from tests.native_cases import ALL_ISAS, native
+from freehold.model.tiny import make_tiny
+from tests.native_cases import ALL_ISAS, generator, native
 
 NANO = GlmConfig.from_dict(size_config("nano"))
 
@@ -101,3 +105,25 @@ def test_eight_bit_keys_are_near_the_ones_they_stand_for(isa: str, model: Glm) -
     # Half a unit in the last place of a number, or of the smallest normal one.
     assert bool((error <= torch.maximum(exact[:100].float().abs() / 16, scales[:, None] * 2**-10)).all())
     assert bool((error > 0).any())
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_layers_in_one_call_select_from_eight_bit_keys_as_separate_calls_do(isa: str, tmp_path: Path) -> None:
+    """Bit for bit: prefill past index_topk, then steps of one row and of several."""
+    make_tiny(tmp_path, "nano")
+    ops = native(isa)
+    model = load_model(tmp_path, NANO, EngineOptions(ops="native"))
+    results = []
+    for run_few in (None, FusedLayers(ops, NANO, model.decoder_layers)):
+        model.ops, model.run_few = ops, run_few
+        cache = PagedCache(NANO, 16, 16, torch.bfloat16, index_cache="fp8")
+        tokens = torch.randint(0, 448, (100,), generator=generator(2)).tolist()
+        with torch.inference_mode():
+            parts = [
+                model(single_sequence(tokens[a:b], start=a, block_size=16), cache)
+                for a, b in pairwise((0, 60, 61, 62, 70, 86, 87, 100))
+            ]
+        keys = cache.index[NANO.full_layers[-1]]
+        assert isinstance(keys, Fp8Keys)
+        results.append((torch.cat(parts), keys.values_SD[:100], keys.scales_S[:100]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
