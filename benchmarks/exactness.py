@@ -2,12 +2,12 @@
 
 Every case runs the same random prompt, longer than index_topk, through the native kernels with teacher forcing:
 
-- batched: the last tokens one at a time, and 2, 5, 8 and 16 in one step. Up to 16 rows reduce in one order, so the logits
-  must be equal bit for bit; any difference fails.
-- prefill-shaped: all tokens in chunks of 512. Large products sum in another order, and quantised weights are rounded to
-  bf16 first, so logits differ a little; the greedy token may differ from the decode-shaped path's only where the
-  decode-shaped top two are nearer than TOLERANCE. How often it differs is printed. It is a property of the model too:
-  weights are random here, and a flipped choice of an expert or a token moves logits more than a rounding does.
+- batched: the last tokens one at a time, and 2, 5, 8 and 16 in one step. Up to 16 rows reduce in one order, so the
+  logits must be equal bit for bit; any difference fails.
+- prefill-shaped: all tokens in chunks of 512. Large products sum in another order, so logits differ a little; the
+  greedy token may differ from the decode-shaped path's only where the decode-shaped top two are nearer than TOLERANCE.
+  How often it differs is printed. It is a property of the model too: weights are random here, so the top two are often
+  nearly equal, and a flipped choice of an expert or a token moves logits more than a rounding does.
 
 The fp32 path is exact, and `oracle_parity.py` shows it.
 """
@@ -30,8 +30,8 @@ from freehold.model.inputs import single_sequence
 from freehold.model.packing import Quantize
 from freehold.model.tiny import make_tiny
 
-TOLERANCE = 0.5
-"""Between the top two logits, whose spread over the vocabulary is about 2."""
+TOLERANCE = 1.0
+"""Between the top two logits; their standard deviation over the vocabulary is about 2."""
 KINDS: tuple[Quantize | None, ...] = (None, "int8", "int4", "fp8")
 PROMPT, CHUNK = 512, 512
 

@@ -9,8 +9,6 @@ namespace {
 using freehold::AttendArgs;
 using freehold::kAttendChunk;
 
-constexpr int kMixRows = FH_512 ? 8 : 4;
-
 // low/high[m] = Σ_k p[m][k] · rows[k][column ..], two rows at a time so that bf16 pairs multiply at once.
 // p[k / 2][W][2] holds the weights in pairs, a vector of outputs side by side; an odd last pair ends with 0.
 template <int M>
@@ -38,25 +36,29 @@ FH_INLINE void mix_tile(const bf16* const* rows, int64_t count, const bf16* p, i
 
 // emit(m, column, values, how many) for up to W outputs and all columns.
 template <class Emit>
-FH_INLINE void mix(const bf16* const* rows, int64_t count, const bf16* p, int64_t outputs, int64_t columns, Emit emit) {
-  F low[kMixRows], high[kMixRows];
+FH_INLINE void mix(const bf16* const* rows, int64_t count_rows, const bf16* p, int64_t outputs, int64_t columns,
+                   Emit emit) {
   for (int64_t c = 0; c < columns; c += 2 * W) {
     const int64_t n = min64(2 * W, columns - c);
-    const auto put_out = [&](int64_t m, int k) {
-      F first, second;
-      consecutive(low[k], high[k], &first, &second);
-      emit(m, c, first, min64(W, n));
-      if (n > W) emit(m, c + W, second, n - W);
-    };
     int64_t m = 0;
-    for (; m + kMixRows <= outputs; m += kMixRows) {
-      mix_tile<kMixRows>(rows, count, p + 2 * m, c, n, low, high);
-      for (int k = 0; k < kMixRows; ++k) put_out(m + k, k);
-    }
-    for (; m < outputs; ++m) {
-      mix_tile<1>(rows, count, p + 2 * m, c, n, low, high);
-      put_out(m, 0);
-    }
+    const auto tiles = [&](auto count) __attribute__((always_inline)) {
+      constexpr int M = decltype(count)::value;
+      F low[M], high[M];
+      for (; m + M <= outputs; m += M) {
+        mix_tile<M>(rows, count_rows, p + 2 * m, c, n, low, high);
+        for (int k = 0; k < M; ++k) {
+          F first, second;
+          consecutive(low[k], high[k], &first, &second);
+          emit(m + k, c, first, min64(W, n));
+          if (n > W) emit(m + k, c + W, second, n - W);
+        }
+      }
+    };
+    // As many outputs at a time as there are registers for, two a sum.
+    if constexpr (FH_512) tiles(Count<12>{});
+    if constexpr (FH_512) tiles(Count<8>{});
+    tiles(Count<4>{});
+    tiles(Count<1>{});
   }
 }
 
@@ -76,6 +78,11 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
       for (int64_t i = 0; i < a.latent_dim; i += 32) prefetch(latent + i);
       rows[count++] = latent;
     }
+  // And the next chunk's are on their way while this one is worked on.
+  const int64_t next = min64(first + 2 * kAttendChunk, freehold::attend_count(a, row));
+  for (int64_t k = first + kAttendChunk; k < next; ++k)
+    if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0)
+      for (int64_t i = 0; i < a.latent_dim; i += 32) prefetch_far(a.latent + slot * a.latent_stride + i);
   const bf16* query = a.query + row * a.query_row;
   for (int64_t k = 0; k < count; k += 4) {
     const bf16* w[4];
@@ -119,18 +126,24 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
 
 // into ← into ⊕ part: both are rescaled to the greater maximum.
 void merge(float* into, const float* part, int64_t heads, int64_t rank) {
-  for (int64_t h = 0; h < heads; ++h) {
-    const float a = into[h], b = part[h], top = a > b ? a : b;
-    const float shift = top == -__builtin_inff() ? 0.0f : top;
-    const float fa = exp1(a - shift), fb = exp1(b - shift);
-    into[h] = top;
-    into[heads + h] = into[heads + h] * fa + part[heads + h] * fb;
-    float* x = into + 2 * heads + h * rank;
-    const float* y = part + 2 * heads + h * rank;
-    const F va = all(fa), vb = all(fb);
-    for (int64_t c = 0; c < rank; c += W) {
-      const int64_t n = min64(W, rank - c);
-      store(x + c, fma(load(x + c, n), va, mul(load(y + c, n), vb)), n);
+  for (int64_t first = 0; first < heads; first += W) {
+    const int64_t n = min64(W, heads - first);
+    alignas(64) float fa[W], fb[W];
+    const F a = load(into + first, n), b = load(part + first, n), top = max(a, b);
+    // Where both are -inf, nothing is summed yet: -inf less a number, not less -inf.
+    const F shift = max(top, all(-3.0e38f));
+    const F va = exp(sub(a, shift)), vb = exp(sub(b, shift));
+    store(fa, va), store(fb, vb);
+    store(into + first, top, n);
+    float* sums = into + heads + first;
+    store(sums, fma(load(sums, n), va, mul(load(part + heads + first, n), vb)), n);
+    for (int64_t h = 0; h < n; ++h) {
+      float* x = into + 2 * heads + (first + h) * rank;
+      const float* y = part + 2 * heads + (first + h) * rank;
+      const F wa = all(fa[h]), wb = all(fb[h]);
+      int64_t c = 0;
+      for (; c + W <= rank; c += W) store(x + c, fma(load(x + c), wa, mul(load(y + c), wb)));
+      if (c < rank) store(x + c, fma(load(x + c, rank - c), wa, mul(load(y + c, rank - c), wb)), rank - c);
     }
   }
 }

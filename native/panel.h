@@ -26,10 +26,6 @@ constexpr int64_t kChunkBytes = kPanel * kChunk * (K == Kind::kBf16 ? 16 : K == 
 // How far ahead weights are asked for, in bytes.
 constexpr int64_t kAhead = 1024;
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 template <Kind K>
 struct KindOf {
   static constexpr Kind value = K;

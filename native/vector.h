@@ -52,6 +52,12 @@ FH_INLINE bf16 narrow(float f) {
 }
 
 FH_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+FH_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
 
 #if FH_512
 
