@@ -3,7 +3,7 @@
 // Python packs it (freehold/model/packed.py) and passes its address, so the struct's layout is part of the interface.
 // A panel is a run of chunks of 8 inputs; within a chunk values are ordered [input pair][output][2], so that one vector
 // register holds an input pair of every output. Codes of 4 bits are ordered [output][2][input pair], one 16-bit word
-// for each (output, parity) with pair j in bits 4j .. 4j + 3; the code is the value + 8. inner is a multiple of 32,
+// for each (output, parity) with pair j in bits 4j .. 4j + 3; the code is the value + 8. inner is a multiple of 8,
 // missing outputs of the last panel are zeros. Scales are [panel][group][16], bf16 for integers and fp32 for FP8.
 #pragma once
 

@@ -10,19 +10,53 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from freehold.model.group_quant import GroupQuantized
 from freehold.model.inputs import Span
 from freehold.model.ops.native import NativeOps
 from freehold.model.ops.reference import ReferenceOps
-from tests.native_cases import SUPPORTED, assert_close, generator, native, needs_native
+from freehold.model.packed import KINDS, Kind, PackedWeight
+from freehold.model.quant import BlockQuantized
+from freehold.model.storage_fp8 import scale_shape
+from tests.native_cases import (
+    SUPPORTED,
+    assert_close,
+    assert_product,
+    generator,
+    native,
+    needs_native,
+    packed,
+    packed_heads,
+    terms_of,
+    twin_weight,
+)
 
 pytestmark = needs_native
 REFERENCE = ReferenceOps()
 
-ROWS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33])
+ROWS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 15, 16, 17, 18, 33])
 SIZES = st.integers(1, 150)
+INNER = st.integers(1, 38).map(lambda chunks: 8 * chunks)  # beyond two FP8 groups; the last is often ragged
+WIDTHS = st.integers(1, 9).map(lambda panels: 16 * panels)
 # Not together: a kernel may take a denormal for 0, and infinity times the one is not infinity times the other.
 NOT_FINITE = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0]
 DENORMAL = [1e-39, -1e-40, 0.0, -0.0]
+
+
+KIND = st.sampled_from(KINDS)
+
+
+@st.composite
+def weights(draw: st.DrawFn, kind: Kind, outputs: int, inner: int, count: int = 1) -> PackedWeight:
+    """Random weights, a group's scale a power of two off its neighbours' now and then; int groups of any size."""
+    group = None
+    if kind in ("int8", "int4"):
+        group = draw(st.sampled_from([group for group in range(8, inner + 1, 8) if inner % group == 0]))
+    g = generator(draw(st.integers(0, 2**31)))
+    values = torch.randn(count, outputs, inner, generator=g)
+    values *= 2.0 ** torch.randint(-3, 4, (count, outputs, inner // 8), generator=g).repeat_interleave(8, 2)
+    if draw(st.booleans()):
+        values[:, :, : inner // 2] = 0  # whole groups of zeros
+    return packed(values.bfloat16(), kind, group)
 
 
 @st.composite
@@ -61,15 +95,19 @@ def both(ops: NativeOps, name: str, *arguments: Any, scale: float | None = None,
     assert_close(actual, expected, scale=scale)
 
 
-@given(kernels(), MAKERS, ROWS, SIZES, SIZES, st.booleans(), st.sampled_from([torch.bfloat16, torch.float32]))
+@given(kernels(), MAKERS, ROWS, INNER, SIZES, st.booleans(), KIND, st.data())
 def test_linear(
-    ops: NativeOps, make: Maker, rows: int, inner: int, outputs: int, with_bias: bool, dtype: torch.dtype
+    ops: NativeOps, make: Maker, rows: int, inner: int, outputs: int, with_bias: bool, kind: Kind, data: st.DataObject
 ) -> None:
-    x, weight = make(rows, inner, dtype=dtype), make(outputs, inner, dtype=dtype)
-    bias = make(outputs, dtype=dtype).contiguous() if with_bias else None
-    scale = float(inner) ** 0.5 + 3
-    both(ops, "linear", x, weight, bias, scale=scale)
-    both(ops, "linear_fp32", x, weight, scale=scale)
+    x, weight = make(rows, inner), data.draw(weights(kind, outputs, inner))
+    bias = make(outputs).contiguous() if with_bias else None
+    twin = twin_weight(weight, rows)
+    with torch.inference_mode():
+        exact, terms = F.linear(x.float(), twin), terms_of(x, twin)
+        assert_product(ops.linear_fp32(x, weight), exact, terms)
+        if bias is not None:
+            exact, terms = exact + bias.float(), terms + 4.0
+        assert_product(ops.linear(x, weight, bias), exact, terms)
 
 
 @given(kernels(), MAKERS, ROWS, SIZES, st.booleans(), st.floats(1e-6, 1e-2))
@@ -106,61 +144,129 @@ def test_write_cache(
     assert_close(caches[0], caches[1], scale=100.0 if with_bias and weight.shape[0] < 3 else 10.0)
 
 
-def size_of_terms(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> float:
-    """What rounding errors of an MLP are relative to: its sum without cancellation."""
-    x = x.float().nan_to_num(0, 0, 0)
-    act = F.silu(x @ gate.float().T) * (x @ up.float().T)
-    return float((act.abs() @ down.float().nan_to_num(0, 0, 0).abs().T).max())
+def gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, float]:
+    """(the MLP in fp32 with its activations in bf16, what rounding errors are relative to: sums without cancellation).
+
+    A gate and an up value are sums too, and their errors reach the activation by the slopes of silu and product.
+    """
+    x = x.float()
+    g, u = x @ gate.T, x @ up.T
+    exact = (F.silu(g) * u).bfloat16().float() @ down.T
+    size = (F.silu(g).abs() + 1e-2) * (u.abs() + 1e-2)
+    return exact, terms_of(size, down)
 
 
-@given(kernels(), MAKERS, ROWS, SIZES, SIZES)
-def test_swiglu(ops: NativeOps, make: Maker, rows: int, hidden: int, width: int) -> None:
-    x, down = make(rows, hidden), make(hidden, width)
-    gate, up = make(width, hidden, special=False), make(width, hidden, special=False)
-    both(ops, "swiglu", x, gate, up, down, scale=size_of_terms(x, gate, up, down))
+@given(kernels(), MAKERS, ROWS, INNER, SIZES.map(lambda n: 8 * (n // 8 + 1)), KIND, KIND, st.data())
+def test_swiglu(
+    ops: NativeOps, make: Maker, rows: int, hidden: int, width: int, kind: Kind, last: Kind, data: st.DataObject
+) -> None:
+    """The two first matrices are of one kind, the last of its own: as checkpoints mix them."""
+    x = make(rows, hidden)
+    gate, up = (data.draw(weights(kind, width, hidden)) for _ in range(2))
+    down = data.draw(weights(last, hidden, width))
+    with torch.inference_mode():
+        exact, terms = gated(x, *(twin_weight(weight, rows) for weight in (gate, up, down)))
+        assert_close(ops.swiglu(x, gate, up, down), exact, scale=terms)
 
 
-@given(kernels(), MAKERS, ROWS, st.integers(1, 100), st.integers(1, 70), st.data())
-def test_experts(ops: NativeOps, make: Maker, rows: int, hidden: int, width: int, data: st.DataObject) -> None:
-    experts = data.draw(st.integers(1, 12))
+@given(kernels(), MAKERS, ROWS, INNER, WIDTHS, KIND, KIND, st.data())
+def test_experts(
+    ops: NativeOps, make: Maker, rows: int, hidden: int, width: int, kind: Kind, last: Kind, data: st.DataObject
+) -> None:
+    experts = data.draw(st.integers(1, 8))
     chosen = data.draw(st.integers(1, experts))
     x = make(rows, hidden)
-    gate_up = torch.randn(experts, 2 * width, hidden, generator=make.g).bfloat16()
-    down = torch.randn(experts, hidden, width, generator=make.g).bfloat16()
+    gate_up, down = (
+        data.draw(weights(kind, 2 * width, hidden, experts)),
+        data.draw(weights(last, hidden, width, experts)),
+    )
     ids = torch.stack([torch.randperm(experts, generator=make.g)[:chosen] for _ in range(rows)])
-    weights = torch.rand(rows, chosen, generator=make.g)
-    sizes = [size_of_terms(x, *gate_up[e].chunk(2), down[e]) for e in range(experts)]
-    both(ops, "experts", x, ids, weights, gate_up, down, scale=sum(sizes))
+    mix = torch.rand(rows, chosen, generator=make.g)
+    with torch.inference_mode():
+        exact, terms = torch.zeros(rows, hidden), 0.0
+        for expert in range(experts):
+            # Of many rows an expert gets a few or many, whose weights differ by a rounding to bf16: within tolerance.
+            gate, up = twin_weight(gate_up, rows, expert).chunk(2)
+            out, size = gated(x, gate, up, twin_weight(down, rows, expert))
+            exact += torch.where(ids == expert, mix, 0.0).sum(-1, keepdim=True) * out.where(
+                (ids == expert).any(-1, keepdim=True), 0.0
+            )
+            terms += size
+        assert_close(ops.experts(x, ids, mix, gate_up, down), exact, scale=terms)
 
 
-@given(kernels(), MAKERS, ROWS, st.integers(1, 100), st.data())
-def test_route(ops: NativeOps, make: Maker, rows: int, hidden: int, data: st.DataObject) -> None:
+def whole_numbers(values: Tensor, kind: Kind) -> PackedWeight:
+    """Small integers [O, I], each its own code, with scales of 1."""
+    outputs, inner = values.shape
+    weight = PackedWeight(outputs, inner, kind, group=None if kind in ("bf16", "fp8") else 8)
+    if kind in ("int8", "int4"):
+        scale = torch.ones(outputs, inner // 8).bfloat16()
+        weight.load(GroupQuantized(values.to(torch.int8), scale, 8 if kind == "int8" else 4, 8))
+    elif kind == "fp8":
+        scale = torch.ones(scale_shape((outputs, inner)))
+        weight.load(BlockQuantized(values.float().to(torch.float8_e4m3fn), scale))
+    else:
+        weight.load(values.bfloat16())
+    return weight
+
+
+@given(kernels(), MAKERS, ROWS, INNER, KIND, st.data())
+def test_route(ops: NativeOps, make: Maker, rows: int, hidden: int, kind: Kind, data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 60))
     top_k = data.draw(st.integers(1, min(experts, 9)))
     # Whole numbers: scores are exact, so the choice has to be the same, ties included.
     x = torch.randint(-2, 3, (rows, hidden), generator=make.g).bfloat16()
-    weight = torch.randint(-1, 2, (experts, hidden), generator=make.g).bfloat16()
+    weight = whole_numbers(torch.randint(-1, 2, (experts, hidden), generator=make.g), kind)
     bias = torch.zeros(experts)
     named = {"top_k": top_k, "n_group": 1, "topk_group": 1, "normalise": data.draw(st.booleans()), "scale": 2.5}
-    ids, weights = ops.route(x, weight, bias, **named)
+    ids, mix = ops.route(x, weight, bias, **named)
     expected_ids, expected = REFERENCE.route(x, weight, bias, **named)
     order, expected_order = ids.argsort(-1), expected_ids.argsort(-1)
-    logits = x.float() @ weight.float().T
+    logits = x.float() @ weight.dequantize(dtype=torch.float32).T
     # A sigmoid rounds distinct large logits to one value, in its own way; what is chosen must be as good.
     assert_close(logits.gather(1, ids).clamp(-12, 12).sum(-1), logits.gather(1, expected_ids).clamp(-12, 12).sum(-1))
     if torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order)):
-        assert_close(weights.gather(1, order), expected.gather(1, expected_order), tolerance=1e-5)
+        assert_close(mix.gather(1, order), expected.gather(1, expected_order), tolerance=1e-5)
 
 
-@given(kernels(), MAKERS, ROWS, st.integers(1, 20), st.integers(1, 50), st.integers(0, 20), st.integers(1, 90))
+CHUNKS = st.integers(1, 12).map(lambda chunks: 8 * chunks)
+
+
+@given(kernels(), MAKERS, ROWS, st.integers(1, 9), CHUNKS, st.integers(0, 20), CHUNKS, st.integers(1, 50), KIND)
 def test_absorb_and_unabsorb(
-    ops: NativeOps, make: Maker, rows: int, heads: int, nope: int, rope: int, rank: int
+    ops: NativeOps, make: Maker, rows: int, heads: int, nope: int, rope: int, rank: int, value: int, kind: Kind
 ) -> None:
-    value = 1 + nope // 2
     query, mixed = make(rows, heads, nope + rope), make(rows, heads, rank)
-    kv_b = torch.randn(heads * (nope + value), rank, generator=make.g).bfloat16()
-    both(ops, "absorb", query, kv_b, nope, scale=nope**0.5 + 3)
-    both(ops, "unabsorb", mixed, kv_b, nope, scale=rank**0.5 + 3)
+    kv_b = packed_heads(torch.randn(heads * (nope + value), rank, generator=make.g).bfloat16(), heads, nope, kind)
+    twin = twin_weight(kv_b, rows).view(heads, nope + value, rank)
+    with torch.inference_mode():
+        absorbed, values = ops.absorb(query, kv_b, nope), ops.unabsorb(mixed, kv_b, nope)
+        assert torch.equal(absorbed[..., rank:].nan_to_num(7), query[..., nope:].nan_to_num(7))
+        for head in range(heads):
+            x, weight = query[:, head, :nope].float(), twin[head, :nope].T
+            assert_product(absorbed[:, head, :rank], x @ weight.T, terms_of(x, weight))
+            x, weight = mixed[:, head].float(), twin[head, nope:]
+            assert_product(values[:, head], x @ weight.T, terms_of(x, weight))
+
+
+@given(kernels(), MAKERS, st.integers(1, 40), st.integers(0, 60), st.integers(1, 5), CHUNKS, CHUNKS, KIND)
+def test_dense_attention(
+    ops: NativeOps, make: Maker, length: int, start: int, heads: int, nope: int, rank: int, kind: Kind
+) -> None:
+    rope, value, block_size = 6, 11, 8
+    query, latent = make(length + 3, heads, nope + rope), make(160, rank + rope, special=False)
+    kv_b = packed_heads(torch.randn(heads * (nope + value), rank, generator=make.g).bfloat16() / 8, heads, nope, kind)
+    span = Span(2, length, start, torch.randperm(160 // block_size, generator=make.g))
+    scale = 0.3 / (nope + rope) ** 0.5
+    with torch.inference_mode():
+        named = (kv_b, span, block_size, nope, scale)
+        expected = REFERENCE.dense_attention(query.float(), latent.float(), *named)
+        # A finite softmax weight of infinity differs by the form; where the query is finite it must be near.
+        finite = query[2 : 2 + length].isfinite().all(-1)
+        actual = ops.dense_attention(query, latent, *named)
+    assert_close(
+        actual[finite], expected[finite], scale=float(expected[finite].abs().max()) + 0.5 if finite.any() else 1
+    )
 
 
 @given(kernels(), MAKERS, ROWS, st.integers(1, 20), st.integers(1, 100), st.integers(0, 40), st.integers(1, 200))

@@ -171,9 +171,10 @@ class PackedHeads(nn.Module):
     def load(self, source: Source) -> None:
         """source: kv_b [N * (nope + v), V], for each head its rows of W_UK and then those of W_UV."""
         heads, nope, value = self.up_key.count, self.up_key.inner, self.up_value.outputs
-        exact = isinstance(source, BlockQuantized) and self.up_key.kind == "fp8"
-        if exact:
-            assert isinstance(source, BlockQuantized)
+        if self.up_key.kind == "fp8":
+            # Quantised whole, as checkpoints are: the blocks of a scale straddle heads.
+            if not isinstance(source, BlockQuantized):
+                source = BlockQuantized(*quantize_blocks(_floats(source, torch.float32)))
             codes = source.weight_OI.view(torch.uint8).view(heads, nope + value, -1)
             scale = _row_scales(source, 1).view(heads, nope + value, -1)
             group = self.up_key.group

@@ -7,7 +7,7 @@ too, and runs on the plain operations. Replacing comes before loading, so that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +49,11 @@ def pack_model(model: Glm, form_of: FormOf) -> None:
         elif isinstance(module, Router):
             _replace(module, "weight", Form("bf16"))
         elif isinstance(module, Experts):
-            _pack_experts(module, form_of(f"{name}.0.down_proj.weight"))
+            count = module.down_proj.shape[0]
+            gate_up = _common(
+                form_of(f"{name}.{i}.{half}_proj.weight") for i in range(count) for half in ("gate", "up")
+            )
+            _pack_experts(module, gate_up, _common(form_of(f"{name}.{i}.down_proj.weight") for i in range(count)))
 
 
 def _named_modules(model: Glm) -> Iterator[tuple[str, nn.Module]]:
@@ -113,9 +117,14 @@ def _replace(module: nn.Module, attribute: str, form: Form) -> None:
         setattr(module, attribute, _packed(outputs, inner, fitting))
 
 
-def _pack_experts(experts: Experts, form: Form) -> None:
+def _common(found: Iterable[Form]) -> Form:
+    """The form of all matrices of a stack; bf16 if they have several."""
+    return next(iter(different)) if len(different := set(found)) == 1 else Form("bf16")
+
+
+def _pack_experts(experts: Experts, gate_up_form: Form, down_form: Form) -> None:
     count, hidden, width = experts.down_proj.shape
-    up, down = _fitting(form, hidden), _fitting(form, width)
+    up, down = _fitting(gate_up_form, hidden), _fitting(down_form, width)
     if width % PANEL or up is None or down is None:
         return
     del experts.gate_up_proj, experts.down_proj

@@ -22,12 +22,12 @@ def test_it_writes_and_compares(nano: Path, tmp_path: Path, capsys: pytest.Captu
     out, text = str(tmp_path / "int4"), str(tmp_path / "text.txt")
     assert main(["quantize", str(nano), out, "--scheme", "int4", "--compare", text]) == 0
     shown = capsys.readouterr().out
-    for fact in ("1,401,984 bytes, 8.32 bits a weight", "int4 in groups of 32", "Worst matrices:", "int4 against nano"):
+    for fact in ("1,212,624 bytes, 7.20 bits a weight", "int4 in groups of 32", "Worst matrices:", "int4 against nano"):
         assert fact in shown, fact
     assert "quantization-report.json" in shown
     assert max(map(len, shown.splitlines()[1:10])) <= 80
     assert main(["inspect", out]) == 0
-    assert "240 matrices int4 in groups of 32" in " ".join(capsys.readouterr().out.split())
+    assert "296 matrices int4 in groups of 32" in " ".join(capsys.readouterr().out.split())
 
 
 def test_json_and_comparing_alone(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

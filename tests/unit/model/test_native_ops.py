@@ -13,15 +13,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from freehold.model.group_quant import GroupQuantized
 from freehold.model.inputs import Span
 from freehold.model.ops.library import Native
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.ops.reference import ReferenceOps
-from tests.native_cases import ALL_ISAS, SUPPORTED, assert_close, generator, native, needs_native, normal
+from freehold.model.packed import KINDS, Kind, PackedWeight
+from tests.native_cases import (
+    ALL_ISAS,
+    SUPPORTED,
+    assert_close,
+    assert_product,
+    generator,
+    native,
+    needs_native,
+    normal,
+    packed,
+    packed_heads,
+    terms_of,
+    twin_weight,
+)
 
 REFERENCE = ReferenceOps()
 ROUTING = {"top_k": 4, "n_group": 1, "topk_group": 1, "normalise": True, "scale": 2.5}
-HIDDEN, WIDTH, HEADS, NOPE, ROPE, VALUE, RANK = 96, 40, 5, 12, 8, 10, 72
+# Two FP8 groups, the second one ragged; no count of outputs but the experts' width is whole panels.
+HIDDEN, WIDTH, HEADS, NOPE, ROPE, VALUE, RANK = 168, 48, 5, 16, 8, 10, 72
 EXPERTS, BLOCK, SLOTS = 16, 16, 640
 
 pytestmark = [needs_native, pytest.mark.usefixtures("no_gradients")]
@@ -36,117 +52,171 @@ def no_gradients() -> Iterator[None]:
 class Inputs:
     """One set of tensors for every operation. Rows of `x` and its like may be taken one by one."""
 
-    def __init__(self, rows: int, seed: int = 0) -> None:
+    ROWS = ("x", "ids", "chosen", "query", "angles", "latent_query", "mixed", "slots", "index_query", "index_weight")
+
+    def __init__(self, rows: int, kind: Kind = "bf16", seed: int = 0) -> None:
         g = generator(seed)
         self.rows = rows
         self.x = normal(g, rows, HIDDEN)
-        self.weight, self.bias = normal(g, 51, HIDDEN), normal(g, 51)
-        self.gate, self.up = normal(g, WIDTH, HIDDEN) / 10, normal(g, WIDTH, HIDDEN) / 10
-        self.down = normal(g, HIDDEN, WIDTH) / 6
-        self.router, self.correction = normal(g, EXPERTS, HIDDEN) / 10, torch.randn(EXPERTS, generator=g) / 20
-        self.gate_up_E, self.down_E = normal(g, EXPERTS, 2 * WIDTH, HIDDEN) / 10, normal(g, EXPERTS, HIDDEN, WIDTH) / 6
+        self.bias, self.norm, self.norm_bias = normal(g, 51), normal(g, HIDDEN), normal(g, HIDDEN)
+        self.weight = packed(normal(g, 51, HIDDEN), kind)
+        self.gate, self.up = (packed(normal(g, WIDTH + 3, HIDDEN)[:WIDTH] / 10, kind) for _ in range(2))
+        self.down = packed(normal(g, HIDDEN, WIDTH) / 6, kind)
+        self.router = packed(normal(g, EXPERTS, HIDDEN) / 10, "bf16")
+        self.correction = torch.randn(EXPERTS, generator=g) / 20
+        self.gate_up_E = packed(normal(g, EXPERTS, 2 * WIDTH, HIDDEN) / 10, kind)
+        self.down_E = packed(normal(g, EXPERTS, HIDDEN, WIDTH) / 6, kind)
         self.ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:4] for _ in range(rows)])
         self.chosen = torch.rand(rows, 4, generator=g)
         self.query = normal(g, rows, HEADS, NOPE + ROPE)
-        self.kv_b = normal(g, HEADS * (NOPE + VALUE), RANK) / 8
+        self.kv_b = packed_heads(normal(g, HEADS * (NOPE + VALUE), RANK) / 8, HEADS, NOPE, kind)
         self.angles = torch.rand(rows, ROPE // 2, generator=g) * 6
         self.latent = normal(g, SLOTS, RANK + ROPE)
         self.latent_query, self.mixed = normal(g, rows, HEADS, RANK + ROPE), normal(g, rows, HEADS, RANK)
         self.slots = torch.stack([torch.randperm(SLOTS, generator=g)[:150] for _ in range(rows)])
         self.slots[0, 70:] = -1  # a shorter context than the others
-        self.keys, self.index_query = normal(g, SLOTS, 24), normal(g, rows, 3, 24)
-        self.index_weight = torch.randn(rows, 3, generator=g)
-        self.table = torch.randperm(SLOTS // BLOCK, generator=g)
+        self.index_query, self.index_weight = normal(g, rows, 3, 24), torch.randn(rows, 3, generator=g)
 
-    def row(self, i: int) -> Inputs:
-        one = object.__new__(Inputs)
-        one.__dict__.update(self.__dict__)
-        one.rows = 1
-        names = ("x", "ids", "chosen", "query", "angles", "latent_query", "mixed", "slots", "index_query")
-        for name in (*names, "index_weight"):
-            setattr(one, name, getattr(self, name)[i : i + 1])
-        return one
+    def part(self, first: int, last: int) -> Inputs:
+        """Rows first .. last of these."""
+        some = object.__new__(Inputs)
+        some.__dict__.update(self.__dict__)
+        some.rows = last - first
+        for name in self.ROWS:
+            setattr(some, name, getattr(self, name)[first:last])
+        return some
 
 
 Operation = Callable[[ReferenceOps, Inputs], Tensor]
 
-# Every operation whose rows are independent, by name.
-OPERATIONS: dict[str, Operation] = {
+# Every operation whose rows are independent, by name: with weights of any kind, and the others (routers are bf16).
+WEIGHTED: dict[str, Operation] = {
     "linear": lambda ops, a: ops.linear(a.x, a.weight, a.bias),
     "linear_fp32": lambda ops, a: ops.linear_fp32(a.x, a.weight),
-    "linear of fp32": lambda ops, a: ops.linear(a.x.float(), a.weight.float()),
-    "rms_norm": lambda ops, a: ops.rms_norm(a.x, a.weight[0], 1e-5),
-    "layer_norm": lambda ops, a: ops.layer_norm(a.x, a.weight[0], a.weight[1], 1e-6),
-    "rope": lambda ops, a: ops.rope(a.query, a.angles.cos(), a.angles.sin(), True, NOPE),
-    "rope of halves": lambda ops, a: ops.rope(a.query, a.angles.cos(), a.angles.sin(), False),
     "swiglu": lambda ops, a: ops.swiglu(a.x, a.gate, a.up, a.down),
-    "route": lambda ops, a: ops.route(a.x, a.router, a.correction, **ROUTING)[1],
     "experts": lambda ops, a: ops.experts(a.x, a.ids, a.chosen, a.gate_up_E, a.down_E),
     "absorb": lambda ops, a: ops.absorb(a.query, a.kv_b, NOPE),
     "unabsorb": lambda ops, a: ops.unabsorb(a.mixed, a.kv_b, NOPE),
+}
+PLAIN: dict[str, Operation] = {
+    "route": lambda ops, a: ops.route(a.x, a.router, a.correction, **ROUTING)[1],
+    "rms_norm": lambda ops, a: ops.rms_norm(a.x, a.norm, 1e-5),
+    "layer_norm": lambda ops, a: ops.layer_norm(a.x, a.norm, a.norm_bias, 1e-6),
+    "rope": lambda ops, a: ops.rope(a.query, a.angles.cos(), a.angles.sin(), True, NOPE),
+    "rope of halves": lambda ops, a: ops.rope(a.query, a.angles.cos(), a.angles.sin(), False),
     "sparse_attention": lambda ops, a: ops.sparse_attention(a.latent_query, a.latent, a.slots, RANK, 0.1),
 }
+OPERATIONS = WEIGHTED | PLAIN
+CASES = [(name, kind) for name in WEIGHTED for kind in KINDS] + [(name, "bf16") for name in PLAIN]
 
 
-@pytest.mark.parametrize("rows", [1, 5, SMALL_ROWS, 37, 300])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("rows", [1, 5, SMALL_ROWS, SMALL_ROWS + 1, 37, 300])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 @pytest.mark.parametrize("isa", ALL_ISAS)
-def test_every_operation_is_its_reference(isa: str, name: str, rows: int) -> None:
-    inputs = Inputs(rows)
+def test_every_operation_is_its_reference(isa: str, name: str, kind: Kind, rows: int) -> None:
+    inputs = Inputs(rows, kind)
     assert_close(OPERATIONS[name](native(isa), inputs), OPERATIONS[name](REFERENCE, inputs))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 @pytest.mark.parametrize("isa", ALL_ISAS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, name: str) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, name: str, kind: Kind) -> None:
     """Batching and speculation never change a token."""
-    all_rows = Inputs(SMALL_ROWS)
-    ops = native(isa)
-    alone = [OPERATIONS[name](ops, all_rows.row(i)) for i in range(SMALL_ROWS)]
+    inputs, ops = Inputs(SMALL_ROWS, kind), native(isa)
+    alone = torch.cat([OPERATIONS[name](ops, inputs.part(i, i + 1)) for i in range(SMALL_ROWS)])
     for rows in range(1, SMALL_ROWS + 1):
-        together = Inputs(SMALL_ROWS)
-        for key, value in vars(all_rows.row(0)).items():
-            whole = getattr(all_rows, key)
-            if isinstance(whole, Tensor) and whole is not value:
-                setattr(together, key, whole[:rows])
-        assert torch.equal(OPERATIONS[name](ops, together), torch.cat(alone[:rows])), f"{rows} rows"
+        assert torch.equal(OPERATIONS[name](ops, inputs.part(0, rows)), alone[:rows]), f"{rows} rows"
+    for first in (1, 5, 11):  # other neighbours, another place in a tile
+        assert torch.equal(OPERATIONS[name](ops, inputs.part(first, SMALL_ROWS)), alone[first:]), f"from {first}"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40, 300])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 @pytest.mark.parametrize("isa", ALL_ISAS)
-def test_the_number_of_threads_changes_nothing(isa: str, name: str, rows: int) -> None:
-    inputs = Inputs(rows)
+def test_the_number_of_threads_changes_nothing(isa: str, name: str, kind: Kind, rows: int) -> None:
+    inputs = Inputs(rows, kind)
     results = [OPERATIONS[name](native(isa, threads), inputs) for threads in (1, 2, 3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("rows", [SMALL_ROWS, 40])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", ALL_ISAS)
-def test_large_work_is_cut_for_threads_and_stays_the_same(isa: str) -> None:
+def test_every_weight_is_multiplied_as_what_it_stands_for(isa: str, kind: Kind, rows: int) -> None:
+    """Each input alone: the product is the weight itself, exact for few rows and rounded to bf16 for many."""
+    weight = packed(normal(generator(7), 37, 200), kind)
+    expected = twin_weight(weight, rows)
+    for first in range(0, 200, rows):
+        x = torch.eye(200)[first : first + rows].bfloat16()
+        x = torch.cat((x, x.new_zeros(rows - x.shape[0], 200)))  # of 200 rows the last block is cut
+        out = native(isa).linear_fp32(x, weight)
+        assert torch.equal(out[: 200 - first], expected.T[first : first + rows])
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_every_byte_of_fp8_is_the_number_it_stands_for(isa: str, rows: int) -> None:
+    """Subnormal numbers and signed zeros among them; a NaN reaches its own output and no other."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
+    weight = PackedWeight(256, 16, "fp8")
+    weight.load_codes(codes, torch.full((256, 1), 2.0**-3), 0)
+    x = torch.zeros(rows, 16).bfloat16()
+    x[:, 5] = 1.0
+    expected = codes[:, 0].view(torch.float8_e4m3fn).float() * 2.0**-3
+    out = native(isa).linear_fp32(x, weight)
+    assert expected.isnan().sum() == 2
+    assert all(torch.equal(row.nan_to_num(1e9), expected.nan_to_num(1e9)) for row in out)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_int8_codes_of_another_writer_reach_minus_128(isa: str) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8)[:, None].expand(256, 8).contiguous()
+    weight = PackedWeight(256, 8, "int8", group=8)
+    weight.load(GroupQuantized(codes, torch.full((256, 1), -0.5).bfloat16(), 8, 8))
+    for rows in (2, 30):
+        out = native(isa).linear_fp32(torch.eye(8)[:1].bfloat16().expand(rows, 8), weight)
+        assert torch.equal(out, (codes[:, 0].float() * -0.5).expand(rows, 256))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_large_work_is_cut_for_threads_and_stays_the_same(isa: str, kind: Kind) -> None:
     g = generator(3)
-    x, weight = normal(g, 1, 1000), normal(g, 2001, 1000)
-    latent, query = normal(g, 5000, 288), normal(g, 1, 8, 288)
-    slots = torch.randperm(5000, generator=g)[None, :1000]
-    for call in (
+    x, rows = normal(g, 1, 1000), normal(g, 70, 1000)
+    weight, down = packed(normal(g, 2001, 1000), kind), packed(normal(g, 1000, 2000) / 40, kind)
+    gate = packed(normal(g, 2000, 1000), kind)
+    calls: list[Callable[[ReferenceOps], Tensor]] = [
         lambda ops: ops.linear(x, weight),
-        lambda ops: ops.sparse_attention(query, latent, slots, 256, 0.06),
-        lambda ops: ops.swiglu(x, weight, weight, weight.T.contiguous() / 40),
-    ):
+        lambda ops: ops.linear(rows, weight),
+        lambda ops: ops.swiglu(x, gate, gate, down),
+        lambda ops: ops.swiglu(rows, gate, gate, down),
+    ]
+    if kind == "bf16":
+        latent, query = normal(g, 5000, 288), normal(g, 1, 8, 288)
+        slots = torch.randperm(5000, generator=g)[None, :1000]
+        calls.append(lambda ops: ops.sparse_attention(query, latent, slots, 256, 0.06))
+    for call in calls:
         results = [call(native(isa, threads)) for threads in (1, 2, 3)]
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
         assert_close(results[0], call(REFERENCE))
+    for x_TI in (x, rows):
+        twin = twin_weight(weight, x_TI.shape[0])
+        assert_product(native(isa).linear(x_TI, weight), x_TI.float() @ twin.T, terms_of(x_TI, twin))
 
 
+@pytest.mark.parametrize("rows", [SMALL_ROWS, 100])
 @pytest.mark.parametrize("isa", ALL_ISAS)
-def test_routing_chooses_the_same_experts(isa: str) -> None:
-    inputs = Inputs(100)
+def test_routing_chooses_the_same_experts(isa: str, rows: int) -> None:
+    inputs = Inputs(rows)
+    router = inputs.router.dequantize()
     inputs.correction[3] = inputs.correction[7]
-    inputs.router[3] = inputs.router[7]  # two experts with equal scores: the lower one first
-    ids, _ = native(isa).route(inputs.x, inputs.router, inputs.correction, **ROUTING)
-    expected, _ = REFERENCE.route(inputs.x, inputs.router, inputs.correction, **ROUTING)
+    router[3] = router[7]  # two experts with equal scores: the lower one first
+    ids, _ = native(isa).route(inputs.x, packed(router, "bf16"), inputs.correction, **ROUTING)
+    expected, _ = REFERENCE.route(inputs.x, router, inputs.correction, **ROUTING)
     assert torch.equal(ids.sort(-1).values, expected.sort(-1).values)
+    assert bool((ids == 3).any())
     assert not bool(((ids == 7).any(-1) & ~(ids == 3).any(-1)).any())
 
 
@@ -223,15 +293,17 @@ def test_scores_that_only_rise_or_are_not_numbers_are_selected_right(isa: str) -
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 40), (30, 100)])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", ALL_ISAS)
-def test_dense_attention_is_causal_and_its_reference(isa: str, start: int, length: int) -> None:
+def test_dense_attention_is_causal_and_its_reference(isa: str, kind: Kind, start: int, length: int) -> None:
     g = generator(11)
-    query, kv_b = normal(g, 150, HEADS, NOPE + ROPE), normal(g, HEADS * (NOPE + VALUE), RANK) / 8
+    query = normal(g, 150, HEADS, NOPE + ROPE)
+    kv_b = packed_heads(normal(g, HEADS * (NOPE + VALUE), RANK) / 8, HEADS, NOPE, kind)
     latent = normal(g, SLOTS, RANK + ROPE)
     latent[SLOTS // 2 :] = float("nan")
     span = Span(3, length, start, torch.randperm(SLOTS // 2 // BLOCK, generator=g))
     future = int(span.slots_P(BLOCK)[-1])
-    expected = REFERENCE.dense_attention(query.float(), latent.float(), kv_b.float(), span, BLOCK, NOPE, 0.2)
+    expected = REFERENCE.dense_attention(query.float(), latent.float(), kv_b, span, BLOCK, NOPE, 0.2)
     out = native(isa).dense_attention(query, latent, kv_b, span, BLOCK, NOPE, 0.2)
     assert_close(out, expected, scale=float(expected.abs().max()) + 1)
     latent[future] = float("nan")  # only the last row sees the last position
@@ -249,22 +321,42 @@ def test_what_lies_in_padded_slots_is_never_read() -> None:
 
 
 def test_other_dtypes_and_shapes_go_to_the_reference() -> None:
+    ops, inputs = native(SUPPORTED[0]), Inputs(3, "int4")
+    single, plain = inputs.x.float(), inputs.weight.dequantize(dtype=torch.float32)
+    assert torch.equal(ops.linear(single, inputs.weight), REFERENCE.linear(single, plain))
+    assert torch.equal(ops.linear_fp32(single, inputs.weight), REFERENCE.linear_fp32(single, plain))
+    assert torch.equal(ops.linear(inputs.x, plain.bfloat16()), REFERENCE.linear(inputs.x, plain.bfloat16()))
+    for call in (WEIGHTED["swiglu"], WEIGHTED["experts"]):
+        inputs.x = single
+        assert torch.equal(call(ops, inputs), call(REFERENCE, inputs))
+    half, norm = single.half(), inputs.norm.half()
+    assert torch.equal(ops.rms_norm(half, norm, 1e-5), REFERENCE.rms_norm(half, norm, 1e-5))
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+    """Grouped routing, matrices of two kinds in one MLP, experts whose width is not whole panels, and no rows."""
     ops, inputs = native(SUPPORTED[0]), Inputs(3)
-    half = inputs.x.half()
-    assert torch.equal(ops.linear(half, inputs.weight.half()), REFERENCE.linear(half, inputs.weight.half()))
-    assert torch.equal(
-        ops.rms_norm(half, inputs.weight[0].half(), 1e-5), REFERENCE.rms_norm(half, inputs.weight[0].half(), 1e-5)
-    )
     grouped = {**ROUTING, "n_group": 4, "topk_group": 2}
-    for a, b in zip(
-        ops.route(inputs.x, inputs.router, inputs.correction, **grouped),
-        REFERENCE.route(inputs.x, inputs.router, inputs.correction, **grouped),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    found = [each.route(inputs.x, inputs.router, inputs.correction, **grouped) for each in (ops, REFERENCE)]
+    assert torch.equal(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1], tolerance=1e-5)
+    other = packed(inputs.up.dequantize(), "int8")
+    mlp = (inputs.x, inputs.gate, other, inputs.down)
+    assert_close(ops.swiglu(*mlp), REFERENCE.swiglu(*mlp))
+    g = generator(4)
+    gate_up, down = packed(normal(g, EXPERTS, 2 * 40, HIDDEN), "fp8"), packed(normal(g, EXPERTS, HIDDEN, 40), "fp8")
+    routed = (inputs.x, inputs.ids, inputs.chosen, gate_up, down)
+    assert torch.equal(ops.experts(*routed), REFERENCE.experts(*routed))
     empty = inputs.x[:0]
     assert ops.linear(empty, inputs.weight).shape == (0, 51)
     assert ops.swiglu(empty, inputs.gate, inputs.up, inputs.down).shape == (0, HIDDEN)
+    assert ops.absorb(inputs.query[:0], inputs.kv_b, NOPE).shape == (0, HEADS, RANK + ROPE)
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    inputs = Inputs(3)
+    with pytest.raises(ValueError, match="inputs have 160 values and weights 168"):
+        native(SUPPORTED[0]).linear(inputs.x[:, :160], inputs.weight)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -274,7 +366,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 def test_two_python_threads_share_one_object() -> None:
     ops, inputs = NativeOps(2), Inputs(4)
-    weight = normal(generator(1), 4000, HIDDEN)
+    weight = packed(normal(generator(1), 4000, HIDDEN), "int4")
     expected = ops.linear(inputs.x, weight)
     wrong: list[int] = []
 
@@ -291,7 +383,7 @@ def test_two_python_threads_share_one_object() -> None:
 
 def test_a_forked_child_computes_with_threads_of_its_own() -> None:
     ops, inputs = NativeOps(2), Inputs(1)
-    weight = normal(generator(1), 8000, HIDDEN)
+    weight = packed(normal(generator(1), 8000, HIDDEN), "int8")
     expected = ops.linear(inputs.x, weight)
     child = os.fork()
     if child == 0:
@@ -308,8 +400,10 @@ def test_the_interpreter_exits_while_the_threads_wait() -> None:
     script = (
         "import torch\n"
         "from freehold.model.ops.native import NativeOps\n"
+        "from freehold.model.packed import PackedWeight\n"
         "ops = NativeOps(3)\n"
-        "x, w = torch.ones(1, 64).bfloat16(), torch.ones(9000, 64).bfloat16()\n"
+        "x, w = torch.ones(1, 64).bfloat16(), PackedWeight(9000, 64, 'bf16')\n"
+        "w.load(torch.ones(9000, 64))\n"
         "print(int(ops.linear(x, w).float().sum()))\n"
         "other = NativeOps(2); other.linear(x, w); del other\n"
     )

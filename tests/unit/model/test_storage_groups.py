@@ -58,14 +58,14 @@ def test_what_is_written_for_glm_52(bits: Any) -> None:
             found[(f"{layer} {last}" if form is None else layer, str(form))] += 1
         else:
             assert form is None
-    experts = f"int{bits} in groups of {64 if bits == 8 else 32}"
+    most = f"int{bits} in groups of {64 if bits == 8 else 32}"
     eight = "int8 in groups of 64"
     assert found == {
-        ("attention", eight): 78 * 4,
+        ("attention", most): 78 * 4,
         ("indexer", eight): 21 * 2,
-        ("dense_mlp", eight): 9,
-        ("shared_expert", eight): 75 * 3,
-        ("routed_expert", experts): 75 * 256 * 3,
+        ("dense_mlp", most): 9,
+        ("shared_expert", most): 75 * 3,
+        ("routed_expert", most): 75 * 256 * 3,
         ("head", eight): 1,
         ("mtp", eight): 4 + 2 + 3 + 256 * 3,
         ("attention kv_b_proj", "None"): 78,
@@ -84,7 +84,8 @@ def test_rows_that_are_not_whole_groups_are_kept() -> None:
     scheme = group_scheme(group_quantization(config, 4))
     forms = {spec.name: scheme.format_of(spec) for spec in tensor_specs(config)}
     assert forms["model.layers.4.self_attn.q_b_proj.weight"] is None  # 72 columns
-    assert forms["model.layers.4.self_attn.q_a_proj.weight"] == GroupFormat(8, 64)
+    assert forms["model.layers.4.self_attn.q_a_proj.weight"] == GroupFormat(4, 32)
+    assert forms["model.layers.6.self_attn.indexer.wk.weight"] == GroupFormat(8, 64)
     assert forms["model.layers.4.mlp.experts.0.down_proj.weight"] is None  # 40 columns
     assert forms["model.layers.4.mlp.experts.0.up_proj.weight"] == GroupFormat(4, 32)
     assert forms["model.layers.8.mlp.experts.0.up_proj.weight"] == GroupFormat(8, 64)  # the MTP layer
