@@ -25,7 +25,7 @@ FH_API void fh_destroy(void* context);
 // out = x · weightᵀ (+ bias), in bf16 or, without a bias, in fp32.
 FH_API int fh_product(void* context, void* out, int64_t out_row, int out_fp32, const void* x, int64_t x_row,
                       int64_t rows, const freehold::Matrix* weight, const void* bias);
-// gate and up are of one kind and shape.
+// gate and up are of one kind, group and shape.
 FH_API int fh_swiglu(void* context, void* out, const void* x, int64_t x_row, int64_t rows,
                      const freehold::Matrix* gate, const freehold::Matrix* up, const freehold::Matrix* down);
 // ids int64 and weights fp32 are [rows, top_k], contiguous. gate_up: for each expert the panels of the gate matrix of

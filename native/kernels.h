@@ -26,7 +26,7 @@ struct ProductArgs {
 };
 
 // act[m][i] = silu(x[m] · gate[i]) · (x[m] · up[i]), bf16; at most 16 rows but for gemm_gated. gate and up are of one
-// kind and shape; ranges are of panels.
+// kind, group and shape; ranges are of panels.
 struct GatedArgs {
   const Matrix *gate, *up;
   const bf16* const* x;

@@ -1,8 +1,7 @@
 """What the tests of the native kernels share: instruction sets of this machine, packed weights, and how close is close.
 
-A product of up to SMALL_ROWS rows keeps codes exact and multiplies a group's sum by its scale; one of more rows rounds
-the dequantised weights to bf16 first. Both sum in fp32. `twin_weight` gives the weights of either as fp32, so that what
-is left between a kernel and its twin is the rounding of sums.
+A product keeps codes exact, multiplies a group's sum by its scale, and sums in fp32. `twin_weight` gives the weights as
+fp32, so that what is left between a kernel and its twin is the rounding of sums.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from freehold.model.ops.library import ISAS, NativeUnavailable, supported_isas
-from freehold.model.ops.native import SMALL_ROWS, NativeOps
+from freehold.model.ops.native import NativeOps
 from freehold.model.packed import Kind, PackedHeads, PackedWeight, fp8_group
 
 try:
@@ -75,12 +74,11 @@ def packed_heads(kv_b: Tensor, heads: int, nope: int, kind: Kind) -> PackedHeads
     return held
 
 
-def twin_weight(weight: PackedWeight | PackedHeads, rows: int, index: int = 0) -> Tensor:
-    """The fp32 matrix that a product of so many rows is made with."""
-    dtype = torch.float32 if rows <= SMALL_ROWS else torch.bfloat16
+def twin_weight(weight: PackedWeight | PackedHeads, index: int = 0) -> Tensor:
+    """The fp32 matrix that a product is made with."""
     if isinstance(weight, PackedHeads):
-        return weight.dequantize(dtype).float()
-    return weight.dequantize(index, dtype).float()
+        return weight.dequantize(torch.float32)
+    return weight.dequantize(index, torch.float32)
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, scale: float | None = None, tolerance: float = 2**-6) -> None:

@@ -88,6 +88,10 @@ class PackedWeight(nn.Module):
         """(O, I), or (M, O, I) for a stack."""
         return (self.outputs, self.inner) if self.count == 1 else (self.count, self.outputs, self.inner)
 
+    def like(self, other: PackedWeight) -> bool:
+        """Whether both are held alike: the kernels read such a pair, a gate and an up matrix, together."""
+        return (self.kind, self.group, self.shape) == (other.kind, other.group, other.shape)
+
     @property
     def num_bytes(self) -> int:
         scales = 0 if self.scales is None else self.scales.numel() * self.scales.element_size()

@@ -211,7 +211,7 @@ def _weights_or_none(layer: DecoderLayer) -> ctypes.Structure | None:
     gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
     if len(handles) < len(matrices) or not (isinstance(gate, PackedWeight) and isinstance(up, PackedWeight)):
         return None
-    if gate.kind != up.kind or (moe is not None and moe.gate.config.moe_intermediate_size % PANEL):
+    if not gate.like(up) or (moe is not None and moe.gate.config.moe_intermediate_size % PANEL):
         return None
     addresses = {name: vector.data_ptr() for name, vector in vectors.items()}
     return _LayerWeights(**handles, **addresses, experts=0 if moe is None else moe.gate.config.n_routed_experts)

@@ -90,7 +90,7 @@ class NativeOps(ReferenceOps):
             isinstance(gate_IH, Tensor)
             or isinstance(up_IH, Tensor)
             or isinstance(down_HI, Tensor)
-            or gate_IH.kind != up_IH.kind
+            or not gate_IH.like(up_IH)
             or x_TH.dtype is not _BF16
             or x_TH.dim() != 2
             or rows == 0
