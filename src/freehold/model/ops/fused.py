@@ -138,8 +138,11 @@ def _addresses(keys: IndexKeys | None) -> tuple[int | None, int | None]:
 
 
 def fits(config: GlmConfig, layers: Sequence[DecoderLayer]) -> bool:
-    """Whether all that these layers have is packed, and nothing is of a rare kind (biases, grouped routing)."""
-    return not config.attention_bias and config.n_group == 1 and all(_weights_or_none(x) is not None for x in layers)
+    """Whether all that these layers have is packed, nothing is of a rare kind (biases, grouped routing), and the first
+    layer selects for itself."""
+    if config.attention_bias or config.n_group > 1 or layers[0].self_attn.indexer is None:
+        return False
+    return all(_weights_or_none(layer) is not None for layer in layers)
 
 
 def _sizes(config: GlmConfig) -> ctypes.Structure:

@@ -1,0 +1,179 @@
+"""Engines on quantised weights: the same codes from either side, the same tokens in any batch, and little memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from freehold.engine.engine import Engine
+from freehold.engine.loading import EngineOptions, build_engine, load_model
+from freehold.engine.request import Request
+from freehold.model.config import GlmConfig
+from freehold.model.glm import Glm
+from freehold.model.packed import PackedWeight
+from freehold.model.packing import Quantize
+from freehold.model.quantize import quantize_checkpoint
+from freehold.model.tiny import make_tiny
+from freehold.types import SamplingParams
+from tests.native_cases import needs_native
+
+SCHEMES: tuple[Quantize, ...] = get_args(Quantize)
+OPTIONS = EngineOptions(cache_bytes=1 << 24, threads=2)
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bf16, and what `freehold quantize` makes of it."""
+    base = tmp_path_factory.mktemp("made")
+    make_tiny(base / "bf16", "nano", seed=6)
+    for scheme in SCHEMES:
+        quantize_checkpoint(base / "bf16", base / scheme, scheme)
+    return base
+
+
+def prompts(count: int) -> list[tuple[int, ...]]:
+    """Of 1 to 60 tokens: below and above index_topk."""
+    g = torch.Generator().manual_seed(8)
+    lengths = [1 + (23 * i + 7) % 60 for i in range(count)]
+    return [tuple(torch.randint(0, 448, (length,), generator=g).tolist()) for length in lengths]
+
+
+def tokens_of(engine: Engine, asked: list[tuple[int, ...]]) -> list[list[int]]:
+    """What each prompt is answered with when all are sent at once."""
+    for i, prompt in enumerate(asked):
+        engine.add(Request(str(i), prompt, GREEDY))
+    found: dict[str, list[int]] = {str(i): [] for i in range(len(asked))}
+    while engine.has_work:
+        for chunk in engine.step():
+            found[chunk.request_id] += chunk.token_ids
+    assert all(len(tokens) == GREEDY.max_tokens for tokens in found.values())
+    return list(found.values())
+
+
+def packed_of(model: Glm) -> dict[str, PackedWeight]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, PackedWeight)}
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantising_on_loading_is_loading_what_was_quantised(made: Path, scheme: Quantize, ops: str) -> None:
+    """The same codes, scales and tokens, from the bf16 checkpoint and from its quantised copy."""
+    options = replace(OPTIONS, ops=ops, quantize=scheme)
+    models = [
+        load_model(made / "bf16", GlmConfig.from_file(made / "bf16"), options),
+        load_model(made / scheme, GlmConfig.from_file(made / scheme), options),
+    ]
+    if ops == "auto":  # the reference holds a quantised checkpoint dequantised, unless it is asked to
+        models.append(load_model(made / scheme, GlmConfig.from_file(made / scheme), OPTIONS))
+    first = packed_of(models[0])
+    for model in models[1:]:
+        held = packed_of(model)
+        assert held.keys() == first.keys()
+        for name, weight in held.items():
+            assert (weight.kind, weight.group) == (first[name].kind, first[name].group), name
+            assert torch.equal(weight.codes, first[name].codes), name
+            assert weight.scales is None or torch.equal(weight.scales, first[name].scales), name  # type: ignore[arg-type]
+    asked = prompts(3)
+    on_loading, _ = build_engine(made / "bf16", options)
+    stored, _ = build_engine(made / scheme, replace(OPTIONS, ops=ops))
+    if ops == "auto" or scheme == "fp8":
+        assert tokens_of(on_loading, asked) == tokens_of(stored, asked)
+
+
+@needs_native
+def test_an_fp8_checkpoint_is_held_in_fp8(made: Path) -> None:
+    """Every matrix that GLM-5.2-FP8 has in FP8, in about half the bytes of bf16."""
+    bf16, fp8 = (
+        packed_of(load_model(made / name, GlmConfig.from_file(made / name), OPTIONS)) for name in ("bf16", "fp8")
+    )
+    assert bf16.keys() == fp8.keys()
+    assert {weight.kind for weight in bf16.values()} == {"bf16"}
+    kept = {name for name, weight in fp8.items() if weight.kind == "bf16"}
+    assert {weight.kind for name, weight in fp8.items() if name not in kept} == {"fp8"}
+    assert all(
+        name == "lm_head.weight" or name.endswith(("gate.weight", "weights_proj.weight", "eh_proj.weight"))
+        for name in kept
+    )
+    sizes = [sum(weight.num_bytes for name, weight in held.items() if name not in kept) for held in (bf16, fp8)]
+    assert 0.5 * sizes[0] < sizes[1] < 0.57 * sizes[0]  # nano has a scale for 32 or 64 inputs, GLM-5.2 for 128
+
+
+@needs_native
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_batching_does_not_change_tokens(made: Path, scheme: Quantize | None) -> None:
+    """Steps of at most 16 rows, prefill included: alone, 8 at once, 16 at once."""
+    options = replace(OPTIONS, quantize=scheme, max_num_batched_tokens=16, max_num_seqs=16)
+    asked = prompts(16)
+    alone_engine, _ = build_engine(made / "bf16", options)
+    alone = [tokens_of(alone_engine, [prompt])[0] for prompt in asked]
+    assert len({tuple(tokens) for tokens in alone}) > 8  # not one answer to everything
+    for together in (8, 16):
+        engine, _ = build_engine(made / "bf16", options)
+        assert tokens_of(engine, asked[:together]) == alone[:together]
+
+
+@needs_native
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_threads_do_not_change_tokens(made: Path, scheme: Quantize | None) -> None:
+    found = []
+    for threads in (1, 3):
+        engine, _ = build_engine(made / "bf16", replace(OPTIONS, quantize=scheme, threads=threads))
+        found.append(tokens_of(engine, prompts(5)))
+    assert found[0] == found[1]
+
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from freehold.engine.loading import EngineOptions, load_model
+from freehold.model.config import GlmConfig
+from freehold.model.names import tensor_specs
+from freehold.model.packed import PackedWeight
+
+torch.set_num_threads(1)
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+directory, scheme = Path(sys.argv[1]), sys.argv[2]
+config = GlmConfig.from_file(directory)
+torch.zeros(4, dtype=torch.bfloat16) @ torch.zeros(4, 4, dtype=torch.bfloat16)  # what torch takes for itself
+start, peak, running = anonymous(), 0, True
+def sample():
+    global peak
+    while running:
+        peak = max(peak, anonymous() - start)
+        time.sleep(0.002)
+thread = threading.Thread(target=sample)
+thread.start()
+model = load_model(directory, config, EngineOptions(threads=1, quantize=scheme))
+running = False
+thread.join()
+held = sum(p.numel() * p.element_size() for p in model.parameters())
+held += sum(part.num_bytes for part in model.modules() if isinstance(part, PackedWeight))
+print(peak, held, sum(spec.size for spec in tensor_specs(config)), max(spec.size for spec in tensor_specs(config)))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.75), ("int4", 0.55), ("fp8", 0.75)])
+def test_quantising_on_loading_never_holds_the_bf16_weights(tmp_path: Path, scheme: str, most: float) -> None:
+    """Private memory peaks at what is held and some copies of one matrix, far below the bf16 weights."""
+    make_tiny(tmp_path, "small", max_shard_bytes=100_000_000)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), scheme], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    peak, held, parameters, largest = map(int, result.stdout.split())
+    assert 0.9 * held < peak < held + 12 * largest
+    assert peak < most * 2 * parameters
