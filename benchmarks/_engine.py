@@ -20,6 +20,7 @@ from freehold.engine.block_manager import BlockTable
 from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine
 from freehold.engine.request import Request
+from freehold.engine.runner import ModelRunner
 from freehold.model.cache import cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.inputs import single_sequence
@@ -35,11 +36,6 @@ def prompt_of(length: int, seed: int, vocabulary: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, vocabulary - 200, (length,), generator=generator).tolist())  # no special tokens
 
 
-def supports(weights: str) -> bool:
-    """Whether this version of the engine has these weights: bf16, int8 or int4."""
-    return weights == "bf16" or "quantize" in {field.name for field in dataclasses.fields(EngineOptions)}
-
-
 class Ours:
     """cache_tokens: room in the cache. weights: bf16, int8 or int4, quantised from the checkpoint while loading."""
 
@@ -48,10 +44,10 @@ class Ours:
         cache_bytes = cache_tokens * cache_bytes_per_token(GlmConfig.from_file(directory), torch.bfloat16)
         options = EngineOptions(threads=threads, max_num_seqs=sequences, cache_bytes=cache_bytes, **quantize)
         self.engine, _ = build_engine(directory, options)
-        # What the runner was given: the benchmark fills the one and compares the logits of the other.
-        runner: Any = self.engine.runner
-        self.model = runner.model if hasattr(runner, "model") else runner._model
-        self.cache = runner.cache if hasattr(runner, "cache") else runner._cache
+        runner = self.engine.runner
+        assert isinstance(runner, ModelRunner)
+        # The benchmark fills the one and compares the logits of the other.
+        self.cache, self.model = runner.cache, runner.model
         self.vocabulary = self.engine.config.vocab_size
         self._number = count()
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from _ceilings import decode_bytes, gemm_rate, prefill_operations, read_bandwidth
 from _common import Report, arguments
-from _engine import Ours, best_chunk, prompt_of, supports
+from _engine import Ours, best_chunk, prompt_of
 from _llamacpp import PEERS, Install, Peer, PeerFailed, build, convert, find
 
 from freehold.model.cache import PagedCache
@@ -361,10 +361,7 @@ def everything(args: Any, report: Report, install: Install, models: Path) -> lis
     rows: list[Row] = []
     for size in args.size or (["small"] if args.quick else ["small", "medium"]):
         for weights in args.weights or (["bf16"] if args.quick else list(KINDS)):
-            if supports(weights):
-                rows += one(args, report, install, ceilings, models / size, weights)
-            else:
-                print(f"{size} {weights}: skipped, this version of the engine has no {weights} weights")
+            rows += one(args, report, install, ceilings, models / size, weights)
     return rows
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from _common import Report, arguments
-from _engines import assemble
+from _deep_engine import assemble
 from _index_share_plot import draw, peers_growth
 
 from freehold.engine.block_manager import BlockTable

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _common import Report, arguments
-from _engines import BLOCK, SPARE_BLOCKS, Assembled, assemble
+from _deep_engine import BLOCK, SPARE_BLOCKS, Assembled, assemble
 from torch import Tensor
 
 from freehold.engine.request import Request
