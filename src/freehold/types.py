@@ -6,7 +6,7 @@ Torch-free and JSON-free. Everything here is frozen; a change is a new object.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -114,3 +114,15 @@ class TokenChunk:
     stop_token_id: int | None = None  # the token that ended it; it is also the last of token_ids
     usage: Usage = field(default_factory=Usage)
     error: Exception | None = None
+
+    def then(self, later: TokenChunk) -> TokenChunk | None:
+        """This chunk and the next of the same request as one; None if the next ended it by an error or an abort."""
+        if later.error is not None or later.finish_reason is FinishReason.ABORT:
+            return None
+        logprobs = None if later.logprobs is None else (self.logprobs or ()) + later.logprobs
+        return replace(
+            later,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs if logprobs is None else logprobs,
+            prompt_logprobs=self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
+        )
