@@ -86,7 +86,7 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     torch.set_num_threads(options.threads or DEFAULT_THREADS)
     ops = load_ops(dtype, options.ops, options.threads)
     model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
-    if isinstance(ops, NativeOps) or options.quantize is not None:
+    if (isinstance(ops, NativeOps) and dtype is torch.bfloat16) or options.quantize is not None:
         pack_model(model, forms(config, options.quantize))
     load_weights(model, directory, progress=progress, verify=options.verify)
     if isinstance(ops, NativeOps):
