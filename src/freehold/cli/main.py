@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, str] = {
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
-    "quantize": "Write a quantised copy of a checkpoint and measure its quality.",
+    "quantize": "Write an int8, int4 or FP8 copy of a checkpoint, and measure it.",
     "debug": "Name the first layer whose output differs from transformers'.",
     "bench": "Measure where an engine's time goes, beside the roofline.",
 }

@@ -25,7 +25,7 @@ def quantize(
     ],
     scheme: Annotated[
         Literal["int8", "int4", "fp8"] | None,
-        typer.Option(help="int8; int4 (routed experts, the rest int8); fp8 (as the published builds). Makes OUT."),
+        typer.Option(help="int8; int4 (head, indexer and MTP int8); fp8 (as the published builds). Makes OUT."),
     ] = None,
     compare: Annotated[
         Path | None,
@@ -33,7 +33,7 @@ def quantize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a quantised copy of a checkpoint and measure its quality."""
+    """Write an int8, int4 or FP8 copy of a checkpoint, and measure it."""
     from rich.console import Console
 
     from freehold.errors import InvalidRequest

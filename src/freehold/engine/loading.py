@@ -93,7 +93,7 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     # very cores that the kernels' threads need next. While weights are packed they wait for one another instead.
     torch.set_num_threads(1 if native else options.threads or DEFAULT_THREADS)
     model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
-    if native or options.quantize is not None:
+    if (native and dtype is torch.bfloat16) or options.quantize is not None:
         pack_model(model, forms(config, options.quantize))
     load_weights(model, directory, progress=progress, verify=options.verify)
     if isinstance(ops, NativeOps) and fits(config, layers := model.decoder_layers):

@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from freehold.engine.loading import EngineOptions, available_memory, build_engine
+from freehold.engine.loading import EngineOptions, available_memory, build_engine, load_model
 from freehold.engine.request import Request
 from freehold.errors import CheckpointError, ConfigError, InsufficientMemory, InvalidRequest
 from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
+from freehold.model.ops.choose import OpsChoice
 from freehold.model.sizes import size_config
-from freehold.model.tiny import make_tiny
+from freehold.model.tiny import make_tiny, write_random_checkpoint
 from freehold.types import FinishReason, SamplingParams
+from tests.native_cases import needs_native
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,18 @@ def test_a_request_that_can_never_fit_is_refused_with_bytes(nano: Path) -> None:
     engine, _ = build_engine(nano, EngineOptions(cache_bytes=1 << 22))
     with pytest.raises(InsufficientMemory, match=r"need [\d,]+ bytes of cache, but the whole cache has [\d,]+ bytes"):
         engine.check(900_000, SamplingParams(max_tokens=10))
+
+
+@pytest.mark.parametrize("ops", ["reference", pytest.param("native", marks=needs_native)])
+def test_fp32_weights_are_never_rounded(tmp_path: Path, ops: OpsChoice) -> None:
+    """Packed weights are bf16 or less, so an fp32 model has none unless it is to be quantised."""
+    write_random_checkpoint(size_config("nano"), tmp_path, dtype="float32")
+    model = load_model(tmp_path, GlmConfig.from_file(tmp_path), EngineOptions(ops=ops))
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for name, tensor in model.checkpoint_tensors().items():
+        assert isinstance(tensor, torch.Tensor)
+        assert torch.equal(tensor, stored[name]), name
+    assert model.run_few is None
 
 
 def test_available_memory_is_below_the_machines() -> None:

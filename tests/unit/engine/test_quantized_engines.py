@@ -81,11 +81,12 @@ def test_quantising_on_loading_is_loading_what_was_quantised(made: Path, scheme:
             assert (weight.kind, weight.group) == (first[name].kind, first[name].group), name
             assert torch.equal(weight.codes, first[name].codes), name
             assert weight.scales is None or torch.equal(weight.scales, first[name].scales), name  # type: ignore[arg-type]
-    asked = prompts(3)
+    if ops == "reference" and scheme != "fp8":
+        return  # kv_b, which the stored copies have in bf16, is then left as it is
+    asked = prompts(3) if ops == "auto" else prompts(1)
     on_loading, _ = build_engine(made / "bf16", options)
     stored, _ = build_engine(made / scheme, replace(OPTIONS, ops=ops))
-    if ops == "auto" or scheme == "fp8":
-        assert tokens_of(on_loading, asked) == tokens_of(stored, asked)
+    assert tokens_of(on_loading, asked) == tokens_of(stored, asked)
 
 
 @needs_native
