@@ -117,7 +117,7 @@ def test_a_failure_after_it_is_raised_from_the_stream(client: openai.OpenAI) -> 
     received: list[ChatCompletionChunk] = []
     with pytest.raises(openai.APIError, match="simulated failure") as caught:
         received.extend(stream)
-    assert len(received) >= 5
+    assert received, "what came before it"
     assert not isinstance(caught.value, openai.APIStatusError), "the status line was already out"
     assert client.chat.completions.create(model=MODEL, messages=user("hi")).choices, "others go on"
 

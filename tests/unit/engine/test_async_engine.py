@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import pytest
 from blockbuster import blockbuster_ctx
@@ -105,6 +105,10 @@ def empty(engine: AsyncEngine) -> bool:
     return (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
 
 
+def tokens_of(chunks: Sequence[TokenChunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
 # ── streams ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -112,8 +116,8 @@ async def test_tokens_arrive_in_order_and_end(running: tuple[AsyncEngine, Gate])
     engine, _ = running
     streams = [ask(engine, f"r{n}", max_tokens=n + 1) for n in range(4)]
     for n, chunks in enumerate(await asyncio.gather(*map(collect, streams))):
-        assert [token for chunk in chunks for token in chunk.token_ids] == list(range(3, 4 + n))
-        assert [chunk.finish_reason for chunk in chunks] == [None] * n + [FinishReason.LENGTH]
+        assert tokens_of(chunks) == list(range(3, 4 + n))
+        assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [FinishReason.LENGTH]
     await until(lambda: empty(engine))
 
 
@@ -123,7 +127,7 @@ async def test_a_finished_stream_stays_finished(running: tuple[AsyncEngine, Gate
     await collect(stream)
     assert await collect(stream) == []
     await stream.aclose()
-    assert len(await collect(ask(engine, "a"))) == 5, "its id is free again"
+    assert len(tokens_of(await collect(ask(engine, "a")))) == 5, "its id is free again"
 
 
 async def test_the_runner_is_used_by_one_thread_only(running: tuple[AsyncEngine, Gate]) -> None:
@@ -229,35 +233,61 @@ async def test_a_used_id_is_refused_until_its_request_has_ended(running: tuple[A
         ask(engine, "a")  # else the old request's chunks would reach the new stream
     gate.open.set()
     await until(lambda: not engine._streams)
-    assert len(await collect(ask(engine, "a"))) == 5
+    assert len(tokens_of(await collect(ask(engine, "a")))) == 5
 
 
 async def test_a_stream_that_is_not_read_is_ended(
     running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(async_engine, "MOST_UNREAD", 20)
+    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 0.0)
     engine, gate = running
     slow = ask(engine, "slow", 3000)
     await until(lambda: gate.steps > 20 and empty(engine))
     assert engine.stats().finished[FinishReason.ABORT] == 1
-    assert len(await collect(ask(engine, "other", 10))) == 10, "others do not notice"
+    assert len(tokens_of(await collect(ask(engine, "other", 10)))) == 10, "others do not notice"
     chunks = await collect(slow)
-    assert [len(chunk.token_ids) for chunk in chunks] == [1] * 20 + [0], "what waited is not lost"
+    assert [len(chunk.token_ids) for chunk in chunks] == [20, 0], "what waited is not lost, and comes at once"
     assert isinstance(chunks[-1].error, SlowReader)
     assert chunks[-1].finish_reason is FinishReason.ERROR
-    assert len(await collect(ask(engine, "slow", 3))) == 3, "its id is free again"
+    assert len(tokens_of(await collect(ask(engine, "slow", 3)))) == 3, "its id is free again"
 
 
 async def test_a_stream_that_is_read_in_time_is_not_ended(
     running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(async_engine, "MOST_UNREAD", 20)
+    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 0.0)
     engine, gate = running
     stream = ask(engine, "a", 21)
     await until(lambda: gate.steps == 21 and empty(engine))
     chunks = await collect(stream)
-    assert len(chunks) == 21, "exactly as many as may wait, and the last"
+    assert len(tokens_of(chunks)) == 21, "exactly as many as may wait, and the last"
     assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_tokens_that_come_fast_travel_together_but_the_first_does_not_wait(
+    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 30.0)
+    engine, gate = running
+    sent: list[list[int]] = []
+    deliver = engine._deliver
+    monkeypatch.setattr(engine, "_deliver", lambda chunks: (sent.append(tokens_of(chunks)), deliver(chunks)))
+    chunks = await collect(ask(engine, "a", 40))
+    assert tokens_of(chunks) == list(range(3, 43))
+    assert sent[0] == [3], "its first token"
+    assert sent[1:] == [list(range(4, 43))], "and all the others with its last"
+    assert gate.steps >= 40
+
+
+async def test_an_error_is_not_merged_with_the_tokens_before_it(running: tuple[AsyncEngine, Gate]) -> None:
+    first = TokenChunk("a", (1,))
+    assert first.then(TokenChunk("a", (2,), finish_reason=FinishReason.STOP)) == TokenChunk(
+        "a", (1, 2), finish_reason=FinishReason.STOP
+    )
+    assert first.then(TokenChunk("a", finish_reason=FinishReason.ABORT)) is None
+    assert first.then(TokenChunk("a", finish_reason=FinishReason.ERROR, error=ValueError())) is None
 
 
 async def test_a_full_stream_that_is_dropped_is_gone(
@@ -312,7 +342,7 @@ async def test_a_full_queue_refuses_at_once(running: tuple[AsyncEngine, Gate]) -
     assert caught.value.retry_after == 1.0, "nothing is known yet"
     gate.open.set()
     await asyncio.gather(*map(collect, streams))
-    assert len(await collect(ask(engine, "later"))) == 5
+    assert len(tokens_of(await collect(ask(engine, "later")))) == 5
 
 
 async def test_retry_after_follows_the_latencies_seen(running: tuple[AsyncEngine, Gate]) -> None:

@@ -173,8 +173,9 @@ def test_a_failure_can_be_returned_instead(llm: LLM) -> None:
 
 
 def test_stream_chat_gives_what_chat_gives(llm: LLM) -> None:
-    (whole,) = llm.chat(HELLO, temperature=0)
-    with llm.stream_chat(HELLO, temperature=0, effort="low") as stream:
+    slowly = [{"role": "user", "content": "[[sim slow seconds=0.02]] Hello"}]
+    (whole,) = llm.chat(slowly, temperature=0, max_tokens=12)
+    with llm.stream_chat(slowly, temperature=0, max_tokens=12, effort="low") as stream:
         assert "low" in stream.warnings[0]
         events = list(stream)
     assert "".join(e.text for e in events if isinstance(e, ReasoningDelta)) == whole.reasoning
