@@ -153,8 +153,9 @@ def measure(report: Report, engine: Engine, peer: Peer, rounds: int, tokens: int
         steps = peer.compiled_decode(prompt, 16)
         report.samples["transformers"]["compiled_decode_s"] = steps
         ratio = median(steps) / median(our_steps)
-        print(f"transformers compiled, static cache: {1 / median(steps):.2f} tokens/s; ours is {ratio:.1f}x (no bar)")
-    report.bar(f"decode at {CONTEXT}: times eager transformers", median(peer_steps) / median(our_steps), ">=", 15)
+        print(f"transformers compiled, static cache: {1 / median(steps):.2f} tokens/s")
+        report.bar(f"decode at {CONTEXT}: times compiled transformers", ratio, ">=", 17)
+    report.bar(f"decode at {CONTEXT}: times eager transformers", median(peer_steps) / median(our_steps), ">=", 35)
     report.bar(f"prefill of {CONTEXT}: times transformers' best chunk", best / median(our_prefill), ">=", 2)
     report.bar(f"decode at {deep}: times slower than at {CONTEXT}", median(deep_steps) / median(our_steps), "<=", 1.5)
 
