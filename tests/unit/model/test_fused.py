@@ -16,7 +16,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inputs import ForwardInput, Span, single_sequence
 from freehold.model.mla import Plan
-from freehold.model.ops.fused import PARTS, FusedLayers, fits
+from freehold.model.ops.fused import FusedLayers, fits
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import KINDS, Kind
 from freehold.model.packing import forms, pack_model
@@ -164,14 +164,14 @@ def test_a_row_does_not_depend_on_the_others_of_its_call(isa: str, kind: Kind) -
 def test_a_step_is_one_call_and_its_time_is_counted_by_part() -> None:
     model, ops = model_of("nano", "bf16"), NativeOps(1)
     fused = FusedLayers(ops, model.config, model.decoder_layers)
-    assert ops.seconds_by_part() == [0.0] * len(PARTS)
+    assert ops.profile_parts() == {}
     inputs = batch([(1, 40)], 448)
     rope = model.rope.tables(inputs.positions_T)
     hidden = normal(generator(1), 1, 64)
     with torch.inference_mode():
         assert fused(hidden, inputs, rope, filled_cache(model.config)) is hidden
-    assert all(seconds > 0 for seconds in ops.seconds_by_part())
-    assert ops.seconds_by_part() == [0.0] * len(PARTS)
+    assert all(seconds > 0 for seconds in ops.profile_parts().values())
+    assert ops.profile_parts() == {}
 
 
 def test_layers_from_the_middle_and_the_mtp_layer() -> None:

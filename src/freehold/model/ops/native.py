@@ -1,12 +1,13 @@
 """The operations on native x86-64 kernels (`native/*.cpp`), for bf16 inference: the fast twin of `reference.py`.
 
-Each call hands addresses to C and nothing else; what the kernels do not take (other dtypes, devices, unusual shapes)
-goes to the reference. Gradients are not recorded: use it under `torch.inference_mode()`.
+Each call hands addresses to C and nothing else; what the kernels do not take (weights that are not packed, other dtypes
+and devices, unusual shapes) goes to the reference. Gradients are not recorded: use it under `torch.inference_mode()`.
 
 Up to 16 rows (decode, speculation) every result is reduced in one order that depends on neither the number of rows nor
-the number of threads, so batching never changes a token. More rows (prefill) go to the library's matrix multiplication
-where that is faster, and may differ in the last bits. Sums are fp32; AVX-512-BF16 multiplies treat denormal bf16
-inputs as zero, which is far below fp32 rounding of such sums. Shape suffixes as in `interface.py`.
+the number of threads, so batching never changes a token. More rows (prefill) are multiplied in tiles that sum in
+another order, and may differ in the last bits. Codes of quantised weights are exact in both, and sums are fp32;
+AVX-512-BF16 multiplies treat denormal bf16 inputs as zero, which is far below fp32 rounding of such sums. Shape
+suffixes as in `interface.py`.
 """
 
 from __future__ import annotations
