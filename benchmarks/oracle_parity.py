@@ -69,7 +69,7 @@ class RecordingRunner(ModelRunner):
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
 
     def _outputs(self, step: StepInput, hidden_TH: torch.Tensor) -> Any:
-        logits = self._model.logits(hidden_TH)
+        logits = self.model.logits(hidden_TH)
         row = 0
         for seq in step.seqs:
             for offset in range(len(seq.token_ids)):

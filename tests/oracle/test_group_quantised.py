@@ -65,9 +65,10 @@ def test_groups_are_their_dequantised_bf16_checkpoint(scheme: Scheme, sizes: dic
     assert greedy(groups, prompt, 60) == greedy(bf16, prompt, 60)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_engine_answers_as_from_the_dequantised_checkpoint(dtype: str, tmp_path: Path) -> None:
-    """Through everything that serving goes through, with the operations that serving uses."""
+def test_the_engine_answers_as_from_the_dequantised_checkpoint(tmp_path: Path) -> None:
+    """Through everything that serving goes through, in fp32. (In bf16 the kernels keep codes, which are more exact than
+    weights rounded to bf16.)"""
+    dtype = "float32"
     write_random_checkpoint(size_config("nano"), tmp_path / "source", seed=4, dtype=dtype)
     quantize_checkpoint(tmp_path / "source", tmp_path / "int8", "int8")
     assert len(dequantised(tmp_path / "int8", tmp_path / "plain", getattr(torch, dtype))) == 440

@@ -124,12 +124,11 @@ def serve(
     with sock:
         if directory is None:
             engine, tokenizer = _sim_engine(limits, sim_prefill_ms, sim_itl_ms, sim_drafts, sim_fault or [])
-            sampling = SamplingDefaults()
         else:
             settings = {"dtype": dtype.value, "threads": threads, "verify": verify, "index_cache": index_cache.value}
             settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
             engine, tokenizer = _load(directory, limits | settings)
-            sampling = SamplingDefaults.from_dir(directory)
+        sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,
             tokenizer,

@@ -281,15 +281,6 @@ async def test_tokens_that_come_fast_travel_together_but_the_first_does_not_wait
     assert gate.steps >= 40
 
 
-async def test_an_error_is_not_merged_with_the_tokens_before_it(running: tuple[AsyncEngine, Gate]) -> None:
-    first = TokenChunk("a", (1,))
-    assert first.then(TokenChunk("a", (2,), finish_reason=FinishReason.STOP)) == TokenChunk(
-        "a", (1, 2), finish_reason=FinishReason.STOP
-    )
-    assert first.then(TokenChunk("a", finish_reason=FinishReason.ABORT)) is None
-    assert first.then(TokenChunk("a", finish_reason=FinishReason.ERROR, error=ValueError())) is None
-
-
 async def test_a_full_stream_that_is_dropped_is_gone(
     running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:

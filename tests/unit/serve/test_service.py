@@ -225,10 +225,16 @@ async def test_a_failure_is_raised_after_what_came_before() -> None:
     async with scripted_engine(ScriptedRunner("x1</think>y2", fail_after=4)) as engine:
         chat = ChatService(engine, TOY, ChatTemplate.builtin())
         events = chat.run(chat.prepare(turn()), request_id="r")
-        first = [await anext(events) for _ in range(3)]
-        assert first == [ReasoningDelta("x"), ReasoningDelta("1"), ContentDelta("y")]
+        seen = []
+
+        async def read() -> None:
+            async for event in events:
+                seen.append(event)  # noqa: PERF401  what came is wanted, though it ends in an error
+
         with pytest.raises(EngineError, match="internal error"):
-            await anext(events)
+            await read()
+        assert "".join(event.text for event in seen if isinstance(event, ReasoningDelta)) == "x1"
+        assert "".join(event.text for event in seen if isinstance(event, ContentDelta)) == "y"
         with pytest.raises(StopAsyncIteration):
             await anext(events)
 
