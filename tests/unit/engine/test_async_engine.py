@@ -486,9 +486,11 @@ def test_a_loop_that_dies_without_close_leaves_no_thread_behind() -> None:
         await engine.start()
         stream = ask(engine, "a", max_tokens=3000)
         await anext(stream)
+        gate.open.clear()  # it must not be done before the loop is
         return stream
 
     stream = asyncio.run(forget())
+    gate.open.set()
     deadline = time.monotonic() + 10
     while not gate.is_closed and time.monotonic() < deadline:
         time.sleep(0.01)
