@@ -80,7 +80,7 @@ def terminal() -> Iterator[Terminal]:
 def test_a_conversation_on_a_terminal(terminal: Terminal) -> None:
     terminal.read_until(r"Ctrl-D leaves\.")
     terminal.read_until("> ")
-    terminal.send("Hello\n")
+    terminal.send("[[sim slow seconds=0.01]] Hello\n")
     shown = terminal.read_until(r"tokens/s[^\n]*\n")
     assert "\x1b[2mT" in shown.replace("\x1b[2mh", "\x1b[2mT")  # thinking is dim
     assert "You said: Hello" in shown
@@ -90,7 +90,7 @@ def test_a_conversation_on_a_terminal(terminal: Terminal) -> None:
     terminal.read_until("effort: off")
     terminal.read_until("> ")
     terminal.send("Again\n")
-    shown = terminal.read_until(r"tokens/s[^\n]*\n")
+    shown = terminal.read_until(r"first after[^\n]*\n")  # so quick an answer has no rate
     assert "thinking" not in shown
     assert "You said: Again" in shown
     terminal.read_until("> ")
