@@ -30,15 +30,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from _ceilings import decode_bytes, gemm_rate, prefill_operations, read_bandwidth
 from _common import Report, arguments
 from _engine import Ours, best_chunk, prompt_of
 from _llamacpp import PEERS, Install, Peer, PeerFailed, build, convert, find
+from _needs import decode_bytes, prefill_operations
 
+from freehold.engine.bench.ceilings import measure_ceilings
 from freehold.model.cache import PagedCache
 from freehold.model.inputs import single_sequence
 from freehold.model.oracle import load_ours
 from freehold.model.tiny import make_tiny
+from freehold.model.traffic import Ceilings
 
 FILLED_ABOVE = 512
 ONCE_ABOVE = 60.0  # seconds
@@ -85,22 +87,13 @@ class Row:
         return median(self.theirs) / median(self.ours)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes read a second, and operations (bf16) a second. Taken before and after the cases, and the better counts."""
-
-    bandwidth: float
-    gemm: float
-
-    @classmethod
-    def measured(cls, threads: int, before: Ceilings | None = None) -> Ceilings:
-        bandwidth, gemm = read_bandwidth(threads), gemm_rate(threads)
-        if before is not None:
-            bandwidth, gemm = max(bandwidth, before.bandwidth), max(gemm, before.gemm)
-        return cls(bandwidth, gemm)
-
-    def __str__(self) -> str:
-        return f"reads {self.bandwidth / 1e9:.1f} GB/s, bf16 GEMM {self.gemm / 1e9:.0f} GFLOP/s"
+def ceilings_of(threads: int, before: Ceilings | None = None) -> Ceilings:
+    """Of this machine in bf16. Taken before and after the cases, and the better counts."""
+    now = measure_ceilings(threads, torch.bfloat16)
+    if before is None:
+        return now
+    bandwidth = max(now.bytes_per_second, before.bytes_per_second)
+    return Ceilings(bandwidth, max(now.flops_per_second, before.flops_per_second))
 
 
 @dataclass(frozen=True)
@@ -303,10 +296,16 @@ def roofline(report: Report, run: Run, rows: list[Row], ceilings: Ceilings) -> N
         model, limit = run.ours.model, ROOFLINE_BARS.get((row.size, row.case, row.weights))
         if kind == "decode":
             needed = decode_bytes(model, int(length))
-            share, ceiling = needed / median(row.ours) / ceilings.bandwidth, f"{needed / 1e6:.1f} MB a token, bandwidth"
+            share, ceiling = (
+                needed / median(row.ours) / ceilings.bytes_per_second,
+                f"{needed / 1e6:.1f} MB a token, bandwidth",
+            )
         elif kind == "prefill" and row.weights == "bf16" and int(length) <= model.config.index_topk:
             needed = prefill_operations(model.config, int(length))
-            share, ceiling = needed / median(row.ours) / ceilings.gemm, f"{needed / 1e9:.1f} GFLOP, multiplications"
+            share, ceiling = (
+                needed / median(row.ours) / ceilings.flops_per_second,
+                f"{needed / 1e9:.1f} GFLOP, multiplications",
+            )
         else:
             continue
         name = f"{row.size} {row.weights} {row.case}: share of the ceiling ({ceiling})"
@@ -356,8 +355,9 @@ def main() -> int:
 
 
 def everything(args: Any, report: Report, install: Install, models: Path) -> list[Row]:
-    ceilings = Ceilings.measured(args.threads)
-    print(f"ceilings, {args.threads} threads: {ceilings}")
+    ceilings = ceilings_of(args.threads)
+    bandwidth, gemm = ceilings.bytes_per_second / 1e9, ceilings.flops_per_second / 1e9
+    print(f"ceilings, {args.threads} threads: reads {bandwidth:.1f} GB/s, bf16 GEMM {gemm:.0f} GFLOP/s")
     rows: list[Row] = []
     for size in args.size or (["small"] if args.quick else ["small", "medium"]):
         for weights in args.weights or (["bf16"] if args.quick else list(KINDS)):
@@ -385,7 +385,7 @@ def one(args: Any, report: Report, install: Install, ceilings: Ceilings, models:
             peer.ask("load", path=path)
             agree(run, report, size)
         rows = measure(run, size, weights, cases)
-        ceilings = Ceilings.measured(args.threads, ceilings)
+        ceilings = ceilings_of(args.threads, ceilings)
         roofline(report, run, rows, ceilings)
         ours.close()
     for row in rows:

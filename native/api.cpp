@@ -127,8 +127,8 @@ int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64_t x_he
   });
 }
 
-int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x, int64_t x_row,
-             int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
+int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x,
+             int64_t x_row, int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
              int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
   return call(context, [&](Context& c) {
     const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),

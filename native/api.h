@@ -44,9 +44,9 @@ FH_API int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64
                    int interleaved);
 // cache[slots[t]] = norm(x[t][:normed]) with `dims` values from `first` rotated; values past `normed` are not normed.
 // scales null: in bf16; else as FP8 E4M3 bytes with a scale for each slot.
-FH_API int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x, int64_t x_row,
-                    int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
-                    int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved);
+FH_API int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x,
+                    int64_t x_row, int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias,
+                    float eps, int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved);
 // scales null: keys are bf16; else they are FP8 E4M3 bytes with a scale for each slot.
 FH_API int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row,
                      int64_t query_head, const float* weight, int64_t weight_row, int64_t rows, int64_t heads,

@@ -1,4 +1,4 @@
-// FP8 E4M3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinities): index keys with one scale each.
+// FP8 E4M3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinities): weights, and index keys with one scale each.
 //
 // Every E4M3 value is a normal bf16 number or zero, so widening is exact, and no denormal is left for AVX-512-BF16 to
 // take for zero. Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning".
@@ -10,12 +10,13 @@ namespace {
 
 // With the byte in the high half of a 16-bit lane, sign and magnitude move to bf16's places in one arithmetic shift.
 // What is then to be added is the difference of the biases, (127 - 7) << 7, and below 2^-6 what normalising changes.
-// The NaN of E4M3 does not occur: a key that is not finite has a scale that says so.
+// E4M3's NaN occurs in weights only: a key that is not finite has a scale that says so.
 constexpr int kBias = 120 << 7;
 #define FH_FP8_SUBNORMALS \
   0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40, 0x3c20 - 0x50, 0x3c40 - 0x60, 0x3c60 - 0x70
 
 #if FH_512
+template <bool MayBeNan>
 FH_INLINE B widen_fp8(__m256i bytes) {
   const __m512i x = _mm512_cvtepu8_epi16(bytes);
   const __m512i placed = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 4), _mm512_set1_epi16(short(0x87f0)));
@@ -24,19 +25,24 @@ FH_INLINE B widen_fp8(__m256i bytes) {
   const __mmask32 small = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
   // The index is taken modulo 32, and the table repeats after 8.
   const __m512i change = _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kBias), small, x, table);
-  return _mm512_add_epi16(placed, change);
+  const __m512i value = _mm512_add_epi16(placed, change);
+  if constexpr (!MayBeNan) return value;
+  const __m512i magnitude = _mm512_set1_epi16(0x7f);
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, magnitude), magnitude);
+  return _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
 }
 // out ← size values; reads and writes nothing beyond.
 FH_INLINE void widen_fp8(const uint8_t* p, int64_t size, bf16* out) {
   int64_t i = 0;
   for (; i + 32 <= size; i += 32)
-    _mm512_storeu_si512(out + i, widen_fp8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
+    _mm512_storeu_si512(out + i, widen_fp8<false>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
   if (i < size) {
     const __mmask32 mask = __mmask32((1ull << (size - i)) - 1);
-    _mm512_mask_storeu_epi16(out + i, mask, widen_fp8(_mm256_maskz_loadu_epi8(mask, p + i)));
+    _mm512_mask_storeu_epi16(out + i, mask, widen_fp8<false>(_mm256_maskz_loadu_epi8(mask, p + i)));
   }
 }
 #else
+template <bool MayBeNan>
 FH_INLINE B widen_fp8(__m128i bytes) {
   const __m256i x = _mm256_cvtepu8_epi16(bytes), magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
   const __m256i placed = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 4), _mm256_set1_epi16(short(0x87f0)));
@@ -46,17 +52,20 @@ FH_INLINE B widen_fp8(__m128i bytes) {
   const __m256i at = _mm256_or_si256(twice, _mm256_slli_epi16(_mm256_add_epi16(twice, _mm256_set1_epi16(1)), 8));
   const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
   const __m256i change = _mm256_blendv_epi8(_mm256_set1_epi16(kBias), _mm256_shuffle_epi8(table, at), small);
-  return _mm256_add_epi16(placed, change);
+  const __m256i value = _mm256_add_epi16(placed, change);
+  if constexpr (!MayBeNan) return value;
+  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+  return _mm256_blendv_epi8(value, _mm256_set1_epi16(0x7fc0), nan);
 }
 FH_INLINE void widen_fp8(const uint8_t* p, int64_t size, bf16* out) {
   int64_t i = 0;
   for (; i + 16 <= size; i += 16)
-    store_bits(out + i, widen_fp8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+    store_bits(out + i, widen_fp8<false>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
   if (i < size) {
     alignas(16) uint8_t bytes[16] = {};
     alignas(32) bf16 values[16];
     memcpy(bytes, p + i, size_t(size - i));
-    store_bits(values, widen_fp8(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes))));
+    store_bits(values, widen_fp8<false>(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes))));
     memcpy(out + i, values, size_t(size - i) * 2);
   }
 }

@@ -6,8 +6,8 @@
 // which are added at the group's end: an order that depends on neither the number of rows nor the panels beside it.
 #pragma once
 
+#include "fp8.h"
 #include "kernels.h"
-#include "vector.h"
 
 namespace {
 
@@ -33,23 +33,6 @@ struct KindOf {
 
 // ---- codes → bf16 ---------------------------------------------------------------------------------------------------
 
-// E4M3 magnitudes 0 .. 127 as bf16: subnormals become normal numbers (dp takes denormals as zero), 127 is NaN.
-struct Fp8Table {
-  alignas(64) bf16 values[128];
-  constexpr Fp8Table() : values() {
-    for (int code = 0; code < 128; ++code) {
-      int exponent = code >> 3, mantissa = code & 7;
-      if (exponent == 0 && mantissa != 0) {
-        for (exponent = 1; (mantissa & 8) == 0; --exponent) mantissa <<= 1;
-        mantissa &= 7;
-      }
-      const bool zero = (code & 127) == 0;
-      values[code] = code == 127 ? bf16(0x7fc0) : zero ? bf16(0) : bf16((exponent + 120) << 7 | mantissa << 4);
-    }
-  }
-};
-constexpr Fp8Table kFp8{};
-
 // -8 .. 7 as bf16, twice: a lookup by the low five bits of a word need not clear the fifth.
 struct Int4Table {
   alignas(64) bf16 values[32];
@@ -62,17 +45,14 @@ struct Int4Table {
 constexpr Int4Table kInt4{};
 
 #if FH_512
-struct Tables {  // lookup tables in registers
-  __m512i a, b, c, d;
+struct Tables {  // of int4: the sixteen values
+  __m512i a;
 };
 template <Kind K>
 FH_INLINE Tables tables() {
-  if constexpr (K == Kind::kFp8) {
-    return {_mm512_load_si512(kFp8.values), _mm512_load_si512(kFp8.values + 32), _mm512_load_si512(kFp8.values + 64),
-            _mm512_load_si512(kFp8.values + 96)};
-  } else if constexpr (K == Kind::kInt4) {
+  if constexpr (K == Kind::kInt4) {
     const __m512i values = _mm512_load_si512(kInt4.values);
-    return {values, values, values, values};
+    return {values};
   } else {
     return Tables();
   }
@@ -90,14 +70,6 @@ FH_INLINE B from_int8(const uint8_t* p) {
 #endif
 }
 
-FH_INLINE B from_fp8(const uint8_t* p, const Tables& t) {
-  const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const __m512i low = _mm512_permutex2var_epi16(t.a, codes, t.b), high = _mm512_permutex2var_epi16(t.c, codes, t.d);
-  const __mmask32 large = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
-  const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(int16_t(0x8000)));
-  return _mm512_or_si512(_mm512_mask_mov_epi16(low, large, high), sign);
-}
-
 template <Kind K>
 FH_INLINE void decode(const uint8_t* p, const Tables& t, B (*out)[kParts]) {
   if constexpr (K == Kind::kBf16) {
@@ -105,7 +77,7 @@ FH_INLINE void decode(const uint8_t* p, const Tables& t, B (*out)[kParts]) {
   } else if constexpr (K == Kind::kInt8) {
     for (int j = 0; j < kPairs; ++j) out[j][0] = from_int8(p + j * 32);
   } else if constexpr (K == Kind::kFp8) {
-    for (int j = 0; j < kPairs; ++j) out[j][0] = from_fp8(p + j * 32, t);
+    for (int j = 0; j < kPairs; ++j) out[j][0] = widen_fp8<true>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + j * 32)));
   } else {
     const __m512i words = _mm512_loadu_si512(p);
     out[0][0] = _mm512_permutexvar_epi16(words, t.a);
@@ -142,24 +114,6 @@ FH_INLINE B from_int8(const uint8_t* p) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
 }
 
-FH_INLINE B from_fp8(const uint8_t* p) {
-  const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(127));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(128)), 8);
-  const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
-  // The eight smallest from a table of bytes: the low byte in even, the high byte in odd places.
-  const __m128i small = _mm_load_si128(reinterpret_cast<const __m128i*>(kFp8.values));
-  const __m256i table = _mm256_broadcastsi128_si256(small);
-  const __m256i twice = _mm256_slli_epi16(magnitude, 1);
-  const __m256i bytes = _mm256_or_si256(twice, _mm256_slli_epi16(_mm256_add_epi16(twice, _mm256_set1_epi16(1)), 8));
-  const __m256i looked = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
-  const __m256i is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
-  const __m256i is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(127));
-  __m256i value = _mm256_blendv_epi8(normal, looked, is_small);
-  value = _mm256_blendv_epi8(value, _mm256_set1_epi16(0x7fc0), is_nan);
-  return _mm256_or_si256(value, sign);
-}
-
 FH_INLINE B from_int4(__m256i words, int shift, const Tables& t) {
   const __m256i n = _mm256_and_si256(_mm256_srli_epi16(words, shift), _mm256_set1_epi16(15));
   const __m256i low = _mm256_shuffle_epi8(t.low, n), high = _mm256_shuffle_epi8(t.high, n);
@@ -180,7 +134,8 @@ FH_INLINE void decode(const uint8_t* p, const Tables& t, B (*out)[kParts]) {
         } else if constexpr (K == Kind::kInt8) {
           out[j][half] = from_int8(p + j * 32 + half * 16);
         } else {
-          out[j][half] = from_fp8(p + j * 32 + half * 16);
+          const auto* bytes = reinterpret_cast<const __m128i*>(p + j * 32 + half * 16);
+          out[j][half] = widen_fp8<true>(_mm_loadu_si128(bytes));
         }
       }
     }

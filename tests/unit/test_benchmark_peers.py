@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _ceilings import decode_bytes, prefill_operations
 from _engine import Ours, prompt_of
 from _llamacpp import Install, Peer, PeerFailed, find
 from _llamacpp_state import grow
+from _needs import decode_bytes, prefill_operations
 
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm

@@ -101,7 +101,7 @@ class PackedWeight(nn.Module):
     def load(self, source: Source, index: int = 0, first: int = 0) -> None:
         """Rows first .. of matrix `index` ← source [rows, I]. first is a multiple of 16, and so are the rows unless
         they are the last. Floats are quantised on the way; codes of another kind are dequantised first."""
-        rows = _rows_of(source)
+        rows = source.shape[0]
         if first % PANEL or (rows % PANEL and first + rows != self.outputs):
             raise ValueError(f"rows {first} to {first + rows} do not begin and end with panels")
         start = index * self.panels + first // PANEL
@@ -109,13 +109,7 @@ class PackedWeight(nn.Module):
         if self.kind == "bf16":
             self.codes[start:stop] = _pairs(_floats(source)).view(torch.uint8).view(stop - start, -1)
             return
-        assert self.scales is not None
-        codes_OI, scale_OG = self._codes(source)
-        pack = _nibbles if self.kind == "int4" else _pairs
-        self.codes[start:stop] = pack(codes_OI).view(torch.uint8).view(stop - start, -1)
-        padded = torch.zeros(stop - start, PANEL, scale_OG.shape[1], dtype=scale_OG.dtype)
-        padded.view(-1, scale_OG.shape[1])[:rows] = scale_OG
-        self.scales[start:stop] = padded.transpose(1, 2)
+        self._put(start, *self._codes(source))
 
     def _codes(self, source: Source) -> tuple[Tensor, Tensor]:
         """(codes [O, I] of one byte, scales [O, G]) of this weight's kind and group."""
@@ -132,13 +126,17 @@ class PackedWeight(nn.Module):
     @torch.no_grad()
     def load_codes(self, codes_OI: Tensor, scale_OG: Tensor, index: int) -> None:
         """FP8 bytes [O, I] and a scale for each of their groups [O, G] into matrix `index`."""
-        start, stop = index * self.panels, (index + 1) * self.panels
         assert self.kind == "fp8"
+        self._put(index * self.panels, codes_OI, scale_OG)
+
+    def _put(self, start: int, codes_OI: Tensor, scale_OG: Tensor) -> None:
+        """Panels start .. ← codes of one byte with the scales of their groups."""
         assert self.scales is not None
-        self.codes[start:stop] = _pairs(codes_OI).view(torch.uint8).view(self.panels, -1)
-        padded = torch.zeros(self.panels, PANEL, scale_OG.shape[1])
-        padded.view(-1, scale_OG.shape[1])[: self.outputs] = scale_OG
-        self.scales[start:stop] = padded.transpose(1, 2)
+        rows, groups = scale_OG.shape
+        stop = start + -(-rows // PANEL)
+        pack = _nibbles if self.kind == "int4" else _pairs
+        self.codes[start:stop] = pack(codes_OI).view(torch.uint8).view(stop - start, -1)
+        self.scales[start:stop] = _padded(scale_OG).view(-1, PANEL, groups).transpose(1, 2)
 
     def dequantize(self, index: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Matrix `index` as floats [O, I]: what every kernel computes with, for the plain twin of the kernels."""
@@ -214,12 +212,6 @@ def fp8_group(head_rows: int, nope: int) -> int | None:
         if head_rows % group == 0 and nope % group == 0:
             return group
     return None
-
-
-def _rows_of(source: Source) -> int:
-    if isinstance(source, Tensor):
-        return source.shape[0]
-    return (source.codes_OI if isinstance(source, GroupQuantized) else source.weight_OI).shape[0]
 
 
 def _floats(source: Source, dtype: torch.dtype = torch.bfloat16) -> Tensor:

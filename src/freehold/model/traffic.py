@@ -29,6 +29,8 @@ from typing import Literal, get_args
 
 from freehold.model.cache_layout import IndexFormat, LatentFormat, index_key_bytes, latent_bytes
 from freehold.model.config import GlmConfig
+from freehold.model.storage_fp8 import BLOCK
+from freehold.model.storage_groups import GROUP_SIZE
 
 Part = Literal[
     "indexer.project",
@@ -71,8 +73,6 @@ Matrix = Literal[
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 """Every kind of matrix that a step reads. "routed", "shared", "dense": the three of an MLP."""
 
-_GROUP = {"int8": 64, "int4": 32}  # weights that share a bf16 scale, along a row: 8.25 and 4.5 bits a weight
-_BLOCK = 128  # rows and columns that share an fp32 scale in FP8
 _NEVER_QUANTISED: frozenset[Matrix] = frozenset({"embed_tokens", "router", "indexer.weights_proj"})
 
 
@@ -143,9 +143,9 @@ def matrix_bytes(outputs: int, inputs: int, format: WeightFormat) -> float:
         case "fp32":
             return 4 * size
         case "fp8":
-            return size + 4 * -(-outputs // _BLOCK) * -(-inputs // _BLOCK)
-        case "int8" | "int4" if inputs % _GROUP[format] == 0:
-            return size * ((8 if format == "int8" else 4) + 16 / _GROUP[format]) / 8
+            return size + 4 * -(-outputs // BLOCK) * -(-inputs // BLOCK)
+        case "int8" | "int4" if inputs % (group := GROUP_SIZE[bits := 8 if format == "int8" else 4]) == 0:
+            return size * (bits + 16 / group) / 8  # a bf16 scale for each group
         case _:
             return 2 * size
 

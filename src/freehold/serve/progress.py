@@ -25,9 +25,9 @@ from freehold.serve.answers import ChatResult, Completion
 @contextmanager
 def loading_progress(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
     """Call the yielded function with (bytes done, bytes in all)."""
-    with _bar(enabled, DownloadColumn(), TransferSpeedColumn()) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with bar(enabled, DownloadColumn(), TransferSpeedColumn()) as shown:
+        task = shown.add_task("loading", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -36,19 +36,20 @@ def request_progress(
 ) -> Iterator[Callable[[Completion | ChatResult], None]]:
     """Call the yielded function with each result. One request has no bar."""
     tokens, started = 0, time.perf_counter()
-    with _bar(enabled and count > 1, MofNCompleteColumn(), TextColumn("{task.fields[rate]}")) as bar:
-        task = bar.add_task(description, total=count, rate="")
+    with bar(enabled and count > 1, MofNCompleteColumn(), TextColumn("{task.fields[rate]}")) as shown:
+        task = shown.add_task(description, total=count, rate="")
 
         def advance(result: Completion | ChatResult) -> None:
             nonlocal tokens
             tokens += result.usage.completion_tokens
             rate = tokens / max(time.perf_counter() - started, 1e-9)
-            bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
+            shown.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
 
         yield advance
 
 
-def _bar(enabled: bool, *columns: ProgressColumn | Any) -> Progress:
+def bar(enabled: bool, *columns: ProgressColumn | Any) -> Progress:
+    """A bar on stderr with these columns; none where stderr is no terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -132,36 +132,22 @@ def test_threads_do_not_change_tokens(made: Path, scheme: Quantize | None) -> No
 
 
 MEASURE = """
-import sys, threading, time
+import sys
 from pathlib import Path
-import torch
 from freehold.engine.loading import EngineOptions, load_model
 from freehold.model.config import GlmConfig
 from freehold.model.names import tensor_specs
 from freehold.model.packed import PackedWeight
-
-torch.set_num_threads(1)
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+from tests.private_memory import Peak
 
 directory, scheme = Path(sys.argv[1]), sys.argv[2]
 config = GlmConfig.from_file(directory)
-torch.zeros(4, dtype=torch.bfloat16) @ torch.zeros(4, 4, dtype=torch.bfloat16)  # what torch takes for itself
-start, peak, running = anonymous(), 0, True
-def sample():
-    global peak
-    while running:
-        peak = max(peak, anonymous() - start)
-        time.sleep(0.002)
-thread = threading.Thread(target=sample)
-thread.start()
-model = load_model(directory, config, EngineOptions(threads=1, quantize=scheme))
-running = False
-thread.join()
+with Peak() as peak:
+    model = load_model(directory, config, EngineOptions(threads=1, quantize=scheme))
 held = sum(p.numel() * p.element_size() for p in model.parameters())
 held += sum(part.num_bytes for part in model.modules() if isinstance(part, PackedWeight))
-print(peak, held, sum(spec.size for spec in tensor_specs(config)), max(spec.size for spec in tensor_specs(config)))
+sizes = [spec.size for spec in tensor_specs(config)]
+print(peak.bytes, held, sum(sizes), max(sizes))
 """
 
 

@@ -267,27 +267,13 @@ def test_a_disk_that_fills_up_is_one_line(nano: Path, tmp_path: Path) -> None:
 
 
 MEASURE = """
-import sys, threading, time
-import torch
+import sys
 from freehold.model.quantize import quantize_checkpoint
+from tests.private_memory import Peak
 
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-(torch.ones(4, 4) / 3).round_()  # what torch takes for itself
-start, peak, running = anonymous(), 0, True
-def sample():
-    global peak
-    while running:
-        peak = max(peak, anonymous() - start)
-        time.sleep(0.002)
-thread = threading.Thread(target=sample)
-thread.start()
-quantize_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], max_shard_bytes=50_000_000)
-running = False
-thread.join()
-print(peak)
+with Peak() as peak:
+    quantize_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], max_shard_bytes=50_000_000)
+print(peak.bytes)
 """
 
 

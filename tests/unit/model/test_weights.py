@@ -287,33 +287,18 @@ def test_a_model_that_does_not_hold_the_published_tensors(tmp_path: Path, change
 
 
 MEASURE = """
-import sys, threading, time
+import sys
 import torch
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.weights import load_weights
-
-torch.set_num_threads(1)
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+from tests.private_memory import Peak
 
 directory = sys.argv[1]
-torch.zeros(4, dtype=torch.bfloat16) @ torch.zeros(4, 4, dtype=torch.bfloat16)  # what torch takes for itself
-start, peak, running = anonymous(), 0, True
-def sample():
-    global peak
-    while running:
-        peak = max(peak, anonymous() - start)
-        time.sleep(0.005)
-thread = threading.Thread(target=sample)
-thread.start()
-model = Glm(GlmConfig.from_file(directory), dtype=torch.bfloat16)
-load_weights(model, directory)
-running = False
-thread.join()
-size = sum(t.numel() * t.element_size() for t in model.checkpoint_tensors().values())
-print(peak, size)
+with Peak() as peak:
+    model = Glm(GlmConfig.from_file(directory), dtype=torch.bfloat16)
+    load_weights(model, directory)
+print(peak.bytes, sum(t.numel() * t.element_size() for t in model.checkpoint_tensors().values()))
 """
 
 

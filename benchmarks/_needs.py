@@ -1,52 +1,17 @@
-"""What the machine could do at most, measured, and what a decode step or a prefill needs of it at least.
+"""What a decode step or a prefill needs of a machine at least: bytes to read, and multiplications.
 
-The needs are lower bounds of the model's own arithmetic, so a share of a ceiling is never flattered: weights that any
-implementation has to read once a step, and multiplications it has to do.
+Counted on the loaded weights, apart from `freehold.model.traffic`, and always lower bounds of the model's own
+arithmetic: weights that any implementation has to read once a step, so that a share of a ceiling is never flattered.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
-
-
-def read_bandwidth(threads: int, gigabytes: float = 1.25, repeats: int = 8) -> float:
-    """Bytes a second, the best of several ways and times to read a buffer that no cache holds."""
-    buffer = torch.ones(int(gigabytes * 1e9) // 4)
-    ways: tuple[Callable[[], Any], ...] = (buffer.sum, buffer.amax, lambda: torch.dot(buffer, buffer))
-    torch.set_num_threads(threads)
-    try:
-        best = min(_seconds(way) for way in ways for _ in range(repeats))
-    finally:
-        torch.set_num_threads(1)
-    return buffer.numel() * 4 / best
-
-
-def gemm_rate(threads: int, repeats: int = 5) -> float:
-    """Operations a second (2 a multiply-add) of torch's bf16 matrix multiplication, the best of some sizes."""
-    torch.set_num_threads(threads)
-    rates = []
-    try:
-        for rows, outputs, inner in ((512, 4096, 1024), (2048, 2048, 2048), (4096, 4096, 1024)):
-            a, b = torch.randn(rows, inner).bfloat16(), torch.randn(outputs, inner).bfloat16()
-            seconds = min(_seconds(lambda a=a, b=b: a @ b.T) for _ in range(repeats))  # type: ignore[misc]
-            rates.append(2 * rows * outputs * inner / seconds)
-    finally:
-        torch.set_num_threads(1)
-    return max(rates)
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def decode_bytes(model: Glm, context: int) -> int:
