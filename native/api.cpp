@@ -1,4 +1,4 @@
-// The library's entry, and the calls for products with weights, norms and rotary embedding.
+// The library's entry: every call of api.h, with its pointers made into the arguments of the work behind it.
 #include "api.h"
 
 #include <cstring>
@@ -10,11 +10,13 @@
 
 namespace {
 
+using freehold::AttendArgs;
 using freehold::bf16;
 using freehold::call;
 using freehold::Context;
 using freehold::Kernels;
 using freehold::kRows;
+using freehold::SelectArgs;
 
 const Kernels* table_of(const char* isa) {
   __builtin_cpu_init();
@@ -135,6 +137,27 @@ int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const
                                   static_cast<const bf16*>(bias), normed, eps};
     freehold::write_rows(
         c, norm, {cache, cache_row, scales, slots, rows, size, first, dims, cos, sin, interleaved != 0});
+  });
+}
+
+int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row, int64_t query_head,
+              const float* weight, int64_t weight_row, int64_t rows, int64_t heads, int64_t dim, const void* keys,
+              int64_t keys_row, const float* scales, const int64_t* table, int64_t block_size, int64_t start,
+              int64_t topk) {
+  return call(context, [&](Context& c) {
+    const SelectArgs args{static_cast<const bf16*>(query), query_row, query_head, weight, weight_row, heads, dim,
+                          keys, keys_row, scales, table, block_size, start, topk};
+    freehold::select(c, args, out, out_row, rows);
+  });
+}
+
+int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
+              int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
+              const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale) {
+  return call(context, [&](Context& c) {
+    const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, static_cast<const bf16*>(latent),
+                          latent_row, slots, slots_row, count, start, heads, latent_dim, rank, scale};
+    freehold::attend(c, args, static_cast<bf16*>(out), rows);
   });
 }
 

@@ -26,7 +26,7 @@ TORCH = {
     "freehold.model.cache",
     "freehold.model.glm",
     "freehold.model.group_quant",
-    "freehold.model.held",
+    "freehold.model.destinations",
     "freehold.model.index_keys",
     "freehold.model.indexer",
     "freehold.model.inputs",

@@ -95,7 +95,7 @@ def _print_report(report: QuantizationReport, out: Path, console: Console) -> No
         f"(was {report.source_bytes:,} bytes); {report.shards} shard{'s' if report.shards > 1 else ''}{kept}",
         soft_wrap=True,
     )
-    table = Table(title="Error of the weights (RMS, relative)", title_justify="left", box=None, padding=(0, 1))
+    table = Table(title="Error of the weights (RMS, relative)", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for heading in ("part", "stored as", "matrices", "weights", "error", "worst", "SNR dB"):
         table.add_column(heading, justify="left" if heading in ("part", "stored as") else "right", no_wrap=True)
     for kind in by_kind(report.errors):
@@ -124,7 +124,7 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
         f"{escape(comparison.other)} against {escape(comparison.original)}: {comparison.tokens:,} tokens, "
         f"{comparison.windows} window{'s' if comparison.windows > 1 else ''}"
     )
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for heading in ("positions", "count", "KL mean", "median", "p99", "same top 1", "perplexity", "change"):
         table.add_column(heading, justify="left" if heading == "positions" else "right", no_wrap=True)
     for bucket in (*comparison.buckets, comparison.total):

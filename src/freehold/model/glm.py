@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
-from freehold.model.held import Destination, held_weights
+from freehold.model.destinations import Destination, held_weights
 from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput
 from freehold.model.layers import MLP, Linear, Norm, Rope

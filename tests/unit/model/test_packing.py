@@ -11,8 +11,8 @@ import torch
 
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
+from freehold.model.destinations import HeadsTarget, Target, held_weights
 from freehold.model.glm import Glm
-from freehold.model.held import HeadsTarget, Target, held_weights
 from freehold.model.inputs import single_sequence
 from freehold.model.moe import Experts
 from freehold.model.names import tensor_specs

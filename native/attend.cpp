@@ -1,9 +1,7 @@
-// Selection and attention: how each call is cut into parts for the threads.
+#include "attend.h"
+
 #include <cstring>
 
-#include "api.h"
-#include "attend.h"
-#include "call.h"
 #include "products.h"
 
 namespace {
@@ -191,24 +189,3 @@ void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
 }
 
 }  // namespace freehold
-
-int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row, int64_t query_head,
-              const float* weight, int64_t weight_row, int64_t rows, int64_t heads, int64_t dim, const void* keys,
-              int64_t keys_row, const float* scales, const int64_t* table, int64_t block_size, int64_t start,
-              int64_t topk) {
-  return freehold::call(context, [&](Context& c) {
-    const SelectArgs args{static_cast<const bf16*>(query), query_row, query_head, weight, weight_row, heads, dim,
-                          keys, keys_row, scales, table, block_size, start, topk};
-    freehold::select(c, args, out, out_row, rows);
-  });
-}
-
-int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
-              int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
-              const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale) {
-  return freehold::call(context, [&](Context& c) {
-    const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, static_cast<const bf16*>(latent),
-                          latent_row, slots, slots_row, count, start, heads, latent_dim, rank, scale};
-    freehold::attend(c, args, static_cast<bf16*>(out), rows);
-  });
-}
