@@ -37,11 +37,13 @@ class Gate:
         self.fail: Exception | None = None
         self.threads: set[str] = set()
         self.steps = 0
+        self.seconds = 0.0  # that a step takes
         self.is_closed = False
 
     def execute(self, step: StepInput) -> list[SeqOutput]:
         self.threads.add(threading.current_thread().name)
         self.open.wait(30)
+        time.sleep(self.seconds)
         self.steps += 1
         if self.fail is not None:
             raise self.fail
@@ -271,14 +273,25 @@ async def test_tokens_that_come_fast_travel_together_but_the_first_does_not_wait
 ) -> None:
     monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 30.0)
     engine, gate = running
-    sent: list[list[int]] = []
-    deliver = engine._deliver
-    monkeypatch.setattr(engine, "_deliver", lambda chunks: (sent.append(tokens_of(chunks)), deliver(chunks)))
+    gate.seconds = 0.005
     chunks = await collect(ask(engine, "a", 40))
-    assert tokens_of(chunks) == list(range(3, 43))
-    assert sent[0] == [3], "its first token"
-    assert sent[1:] == [list(range(4, 43))], "and all the others with its last"
-    assert gate.steps >= 40
+    assert [tokens_of([chunk]) for chunk in chunks] == [[3], list(range(4, 43))], "the first, and all with the last"
+
+
+async def test_tokens_do_not_wait_for_the_next_step(
+    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 0.2)
+    engine, gate = running
+    gate.seconds = 0.005
+    stream = ask(engine, "a", 3000)
+    assert tokens_of([await anext(stream)]) == [3]
+    await until(lambda: gate.steps >= 3)
+    gate.open.clear()  # as if the next step took for ever
+    async with asyncio.timeout(10):
+        assert tokens_of([await anext(stream)])[:2] == [4, 5], "what had come in the meantime"
+    gate.open.set()
+    await stream.aclose()
 
 
 async def test_a_full_stream_that_is_dropped_is_gone(
@@ -287,7 +300,7 @@ async def test_a_full_stream_that_is_dropped_is_gone(
     monkeypatch.setattr(async_engine, "MOST_UNREAD", 2)
     engine, gate = running
     stream = ask(engine, "a", 2000)
-    await until(lambda: gate.steps > 5 and empty(engine))
+    await until(lambda: gate.steps > 2 and empty(engine))
     await stream.aclose()
     assert await collect(stream) == []
 

@@ -28,7 +28,6 @@ from freehold.model.moe import MoE
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import PANEL, PackedHeads, PackedWeight
 
-
 MOST_ROWS = 256
 """Of a step, in spans of at most SMALL_ROWS rows: kMostRows of `native/layers.h`."""
 
