@@ -100,6 +100,13 @@ class Sampler:
                 own_RV = logits_RV if len(rows) == len(states) else logits_RV[rows]
                 for row, outcome in zip(rows, pick(own_RV, [states[row] for row in rows]), strict=True):
                     picks[row] = outcome
+        return self.settle(logits_RV, states, picks)
+
+    def settle(self, logits_RV: Tensor, states: Sequence[RequestState], picks: list[int | Exception]) -> list[Sampled]:
+        """Take note of the tokens picked for rows, or of why there are none, and score them where that was asked for.
+
+        A token that its request's guide does not allow becomes that request's error.
+        """
         for row, (state, outcome) in enumerate(zip(states, picks, strict=True)):
             if not isinstance(outcome, Exception):
                 try:
@@ -200,7 +207,7 @@ class Sampler:
         return picks
 
     def _logprobs(
-        self, logits_RV: Tensor, states: list[RequestState], picks: list[int | Exception]
+        self, logits_RV: Tensor, states: Sequence[RequestState], picks: list[int | Exception]
     ) -> dict[int, TokenLogprobs]:
         wanted = {
             row: (state.params.logprobs, token)

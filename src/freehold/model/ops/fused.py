@@ -19,7 +19,7 @@ from torch import Tensor
 
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
-from freehold.model.glm import DecoderLayer
+from freehold.model.decoder import DecoderLayer
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.indexer import KEY_NORM_EPS
 from freehold.model.inputs import ForwardInput
