@@ -21,7 +21,7 @@ from freehold.model.cache import IndexCache, PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.ops.choose import OpsChoice, load_ops
-from freehold.model.ops.fused import FusedLayers, fits
+from freehold.model.ops.fused import FusedLayers, FusedMtp, fits
 from freehold.model.ops.native import DEFAULT_THREADS, SMALL_ROWS, NativeOps
 from freehold.model.packing import Quantize, forms, pack_model
 from freehold.model.tokenizer import Tokenizer
@@ -107,6 +107,8 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     load_weights(model, directory, progress=progress, verify=options.verify)
     if isinstance(ops, NativeOps) and fits(config, layers := model.decoder_layers):
         model.run_few = FusedLayers(ops, config, layers)
+    if isinstance(ops, NativeOps) and model.mtp is not None and fits(config, [model.mtp]):
+        model.mtp_few = FusedMtp(ops, config, model.mtp)
     return model
 
 
