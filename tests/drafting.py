@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from freehold.engine.draft_policy import FixedDrafts, Policy
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.guide import GuideCompiler
 from freehold.engine.request import Request
@@ -57,10 +58,14 @@ def new_engine(
     budget: int = 64,
     prefix_cache: bool = True,
     guides: GuideCompiler | None = None,
+    policy: Policy | None = None,
 ) -> Engine:
+    """num_drafts: for each request and step, always so many unless a policy says otherwise."""
     config = model.config
+    if policy is None and num_drafts:
+        policy = FixedDrafts(num_drafts)
     sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
-    runner = ModelRunner(model, PagedCache(config, blocks, block_size, model.dtype), sampler, num_drafts)
+    runner = ModelRunner(model, PagedCache(config, blocks, block_size, model.dtype), sampler, policy)
     sizes = EngineConfig(
         model_name="draftable",
         max_model_len=512,

@@ -12,14 +12,16 @@ Shapes: T rows, N requests that draft, H hidden, V vocabulary, K selected slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from freehold.engine.coverage import Coverage
+from freehold.engine.draft_policy import Policy
 from freehold.engine.sampler import Sampler
 from freehold.engine.sampling_state import RequestState, draw, probabilities
 from freehold.engine.speculate import Draft, Verified, must_match
@@ -41,13 +43,14 @@ class Proposal:
 
 @dataclass(slots=True)
 class _Chain:
-    """A request that drafts: its place among the spans, how many drafts it may have, and where the next step is."""
+    """A request that drafts: its span of the target's input, how many drafts it may have, and its last token."""
 
     seq: ScheduledSeq
     state: RequestState
     span: Span
     most: int
     position: int
+    last: int
     drafts: list[Draft]
 
 
@@ -66,9 +69,16 @@ def most_drafts(decoding: int, rows: int = 0) -> int:
 class Drafter:
     """Owns the MTP layer's side of the cache, and the drafts between two steps. Used from one thread."""
 
-    def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler, num_drafts: int) -> None:
-        self.model, self.cache, self.sampler = model, cache, sampler
-        self.num_drafts = num_drafts
+    def __init__(
+        self,
+        model: Glm,
+        cache: PagedCache,
+        sampler: Sampler,
+        policy: Policy,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model, self.cache, self.sampler, self.policy = model, cache, sampler, policy
+        self._clock = clock
         self.coverage = Coverage(cache.num_blocks, cache.block_size)
         self._proposals: dict[str, Proposal] = {}
 
@@ -97,6 +107,39 @@ class Drafter:
 
         inputs, hidden_TH: of the target, rows of drafts included. outcomes: of the sequences that sample, else None.
         """
+        decoding = sum(outcome is not None and not outcome.ended for outcome in outcomes)
+        most = self.policy.plan(max(1, decoding), most_drafts(max(1, decoding)))
+        if most is None:
+            for seq in step.seqs:
+                self.coverage.skip(seq, len(seq.token_ids))
+            return
+        started = self._clock()
+        self._extend(step, inputs, hidden_TH, outcomes, most)
+        if decoding == len(step.seqs) and _only_decodes(step):
+            self.policy.note_drafting(decoding, most, self._clock() - started)
+
+    def note_verified(
+        self, step: StepInput, outcomes: Sequence[Verified | None], drafts: Sequence[tuple[Draft, ...]], seconds: float
+    ) -> None:
+        """What came of the drafts of a step, and how long it took up to here."""
+        proposed = [len(each) for each in drafts]
+        if any(proposed):
+            self.policy.note_verified(
+                (count, outcome.accepted)
+                for count, outcome in zip(proposed, outcomes, strict=True)
+                if count and outcome is not None
+            )
+        if _only_decodes(step) and min(proposed) == max(proposed):
+            self.policy.note_target(len(proposed), proposed[0], seconds)
+
+    def _extend(
+        self,
+        step: StepInput,
+        inputs: ForwardInput,
+        hidden_TH: Tensor,
+        outcomes: Sequence[Verified | None],
+        most: int,
+    ) -> None:
         rows: list[int] = []
         following: list[int] = []
         spans: list[Span] = []
@@ -115,7 +158,7 @@ class Drafter:
             spans.append(Span(len(rows), len(known), seq.start - base, span.table_B[base // size :]))
             rows.extend(range(span.row, span.row + len(known)))
             following.extend(known)
-            if (chain := self._chain(seq, span, outcome)) is not None:
+            if (chain := self._chain(seq, span, outcome, most)) is not None:
                 places.append(len(spans) - 1)
                 chains.append(chain)
         if not rows:
@@ -143,45 +186,38 @@ class Drafter:
         slots = span.table_B[positions // size] * size + positions % size
         self.cache.blank(layer, slots)
 
-    def _chain(self, seq: ScheduledSeq, span: Span, outcome: Verified | None) -> _Chain | None:
+    def _chain(self, seq: ScheduledSeq, span: Span, outcome: Verified | None, most: int) -> _Chain | None:
         if outcome is None or outcome.ended or not outcome.token_ids:
             return None
         state = self.sampler.state(seq.request_id)
         position = seq.start + len(seq.token_ids) + len(outcome.token_ids) - 1  # of the last token
-        most = min(self.num_drafts, state.params.max_tokens - state.num_output - 1)
+        most = min(most, state.params.max_tokens - state.num_output - 1)
         if most < 1:
             return None
-        chain = _Chain(seq, state, span, most, position, [])
-        self._proposals[seq.request_id] = Proposal(position, outcome.token_ids[-1], ())
-        return chain
+        return _Chain(seq, state, span, most, position, outcome.token_ids[-1], [])
 
     def _propose(self, chains: list[_Chain], hidden_NH: Tensor, selection_NK: Tensor) -> None:
-        everyone = chains
-        most = most_drafts(len(chains))
-        for depth in range(most):
-            going_on = self._draw(chains, depth, self.model.logits(hidden_NH), most)
-            if not going_on:
-                break
+        everyone, depth = chains, 0
+        while going_on := self._draw(chains, depth, self.model.logits(hidden_NH)):
             if len(going_on) < len(chains):
                 hidden_NH, selection_NK = hidden_NH[going_on], selection_NK[going_on]
                 chains = [chains[n] for n in going_on]
             hidden_NH = self._next(chains, depth, hidden_NH, selection_NK)
+            depth += 1
         for chain in everyone:
-            proposal = self._proposals[chain.seq.request_id]
-            self._proposals[chain.seq.request_id] = Proposal(proposal.position, proposal.last, tuple(chain.drafts))
+            self._proposals[chain.seq.request_id] = Proposal(chain.position, chain.last, tuple(chain.drafts))
 
-    def _draw(self, chains: list[_Chain], depth: int, logits_NV: Tensor, most: int) -> list[int]:
+    def _draw(self, chains: list[_Chain], depth: int, logits_NV: Tensor) -> list[int]:
         """Give each chain a draft; returns the places of those that get another one."""
-        best_N, ids_N = logits_NV.max(dim=-1)
         going_on: list[int] = []
-        for n, (chain, best, likeliest) in enumerate(zip(chains, best_N.tolist(), ids_N.tolist(), strict=True)):
-            if not np.isfinite(best):
+        for n, (chain, likeliest, best) in enumerate(zip(chains, *self.sampler.likeliest(logits_NV), strict=True)):
+            if not math.isfinite(best):
                 continue
             if chain.state.is_greedy:
                 chain.drafts.append(Draft(likeliest))
             else:
-                chain.drafts.append(_draw_draft(logits_NV[n], chain.state, depth))
-            if depth + 1 < min(most, chain.most) and self._has_place(chain, depth):
+                chain.drafts.append(draw_draft(logits_NV[n], chain.state, depth))
+            if depth + 1 < chain.most and self._has_place(chain, depth):
                 going_on.append(n)
         return going_on
 
@@ -207,7 +243,11 @@ class Drafter:
         return self.model.extend_mtp(hidden_NH, inputs, self.cache).hidden_TH
 
 
-def _draw_draft(logits_V: Tensor, state: RequestState, depth: int) -> Draft:
+def _only_decodes(step: StepInput) -> bool:
+    return all(len(seq.token_ids) == 1 and seq.samples for seq in step.seqs)
+
+
+def draw_draft(logits_V: Tensor, state: RequestState, depth: int) -> Draft:
     """A draft from the layer's distribution at the request's temperature and with its filters."""
     row_V = logits_V.to(device="cpu", dtype=torch.float32, copy=True).numpy()
     q_V = probabilities(row_V, state)

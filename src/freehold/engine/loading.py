@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from freehold.engine.draft_policy import DraftPolicy
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.guide import GuideCompiler
 from freehold.engine.runner import ModelRunner
@@ -85,7 +86,8 @@ def build_engine(
     )
     guides = GuideCompiler(tokenizer, config.eos_token_ids)
     sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
-    return Engine(engine_config, ModelRunner(model, cache, sampler, engine_config.num_draft_tokens)), tokenizer
+    drafts = DraftPolicy(engine_config.num_draft_tokens) if engine_config.num_draft_tokens else None
+    return Engine(engine_config, ModelRunner(model, cache, sampler, drafts)), tokenizer
 
 
 def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None) -> Glm:

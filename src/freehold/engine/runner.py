@@ -5,12 +5,14 @@ One thread calls it; nothing here knows about queues or requests beyond their id
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from freehold.engine.batch import BatchBuilder
+from freehold.engine.draft_policy import Policy
 from freehold.engine.drafts import Drafter
 from freehold.engine.sampler import Sampler
 from freehold.engine.speculate import Candidate, Draft, Verified, verify
@@ -28,12 +30,12 @@ _SCORE_ROWS = 256
 class ModelRunner:
     """Implements `step.Runner` on a `Glm` and its cache.
 
-    num_drafts: the most tokens to draft for each request and step, 0 or more; needs a model with an MTP layer.
+    drafts: how many tokens to draft for each request and step; None: none. Needs a model with an MTP layer.
     """
 
-    def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler, num_drafts: int = 0) -> None:
+    def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler, drafts: Policy | None = None) -> None:
         self.model, self.cache, self.sampler = model, cache, sampler
-        self.drafter = Drafter(model, cache, sampler, num_drafts) if num_drafts else None
+        self.drafter = None if drafts is None else Drafter(model, cache, sampler, drafts)
         self.batches = BatchBuilder(cache.block_size)
         # Prompts still to be scored for `prompt_logprobs`: all their tokens, and how many alternatives.
         self._scored: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -42,6 +44,7 @@ class ModelRunner:
         self.release(step.finished)
         for request in step.new:
             self._add(request)
+        started = time.perf_counter()
         with torch.inference_mode():
             drafts = self.drafter.take(step) if self.drafter is not None else [()] * len(step.seqs)
             inputs = self.batches.build(step, [[draft.token_id for draft in each] for each in drafts])
@@ -52,6 +55,7 @@ class ModelRunner:
             ]
             outcomes = self._sample(step, inputs, hidden_TH, drafts)
             if self.drafter is not None:
+                self.drafter.note_verified(step, outcomes, drafts, time.perf_counter() - started)
                 self.drafter.follow(step, inputs, hidden_TH, outcomes)
         return [
             _output(seq, outcome, len(each), score)

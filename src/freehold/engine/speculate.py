@@ -17,6 +17,7 @@ Shapes: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from freehold.engine.sampler import Sampled, Sampler
-from freehold.engine.sampling_state import RequestState, Row, draw, probabilities
+from freehold.engine.sampling_state import Lane, RequestState, Row, broken_logits, draw, probabilities
 from freehold.errors import FreeholdError
 from freehold.types import TokenLogprobs
 
@@ -84,7 +85,11 @@ def verify(
 ) -> list[Verified]:
     """One or more tokens for each candidate. Never raises for one request's failure."""
     found = [Verified() for _ in candidates]
-    alive = list(range(len(candidates)))
+    greedy = [sampler.state(candidate.request_id).lane is Lane.GREEDY for candidate in candidates]
+    if any(greedy):
+        pairs = zip(candidates, found, greedy, strict=True)
+        _verify_greedy(sampler, logits_RV, [(candidate, verified) for candidate, verified, own in pairs if own])
+    alive = [i for i, done in enumerate(greedy) if not done]
     depth = 0
     while alive:
         going_on: list[int] = []
@@ -94,6 +99,49 @@ def verify(
                 going_on.append(i)
         alive, depth = going_on, depth + 1
     return found
+
+
+def _verify_greedy(sampler: Sampler, logits_RV: Tensor, pairs: Sequence[tuple[Candidate, Verified]]) -> None:
+    """All rows of plain greedy requests at once: their tokens need nothing but the logits."""
+    rows = [candidate.row + depth for candidate, _ in pairs for depth in range(len(candidate.drafts) + 1)]
+    own_RV = logits_RV if rows == list(range(logits_RV.shape[0])) else logits_RV[rows]
+    ids, best = sampler.likeliest(own_RV)
+    kept: list[int] = []  # rows of own_RV that give a token, or are broken
+    states: list[RequestState] = []
+    counts: list[int] = []
+    first = 0
+    for candidate, _ in pairs:
+        state, drafts = sampler.state(candidate.request_id), candidate.drafts
+        room = min(len(drafts) + 1, max(1, state.params.max_tokens - state.num_output))
+        count = 1
+        while count < room:
+            token = ids[first + count - 1]
+            if token != drafts[count - 1].token_id or token in state.ending_ids:
+                break
+            if not math.isfinite(best[first + count]):
+                break  # what was accepted is handed out first, and the next step meets the broken row again
+            count += 1
+        kept.extend(range(first, first + count))
+        states.extend([state] * count)
+        counts.append(count)
+        first += len(drafts) + 1
+    picks: list[int | Exception] = [
+        ids[row] if math.isfinite(best[row]) else broken_logits(state.request_id)
+        for row, state in zip(kept, states, strict=True)
+    ]
+    tokens = iter(sampler.settle(own_RV if len(kept) == len(rows) else own_RV[kept], states, picks))
+    for (candidate, found), count in zip(pairs, counts, strict=True):
+        own = [next(tokens) for _ in range(count)]
+        state, last = sampler.state(candidate.request_id), own[-1]
+        if last.error is not None:
+            found.error = last.error
+            continue
+        found.token_ids = tuple(token.token_id for token in own)
+        found.logprobs = tuple(token.logprobs for token in own if token.logprobs is not None)
+        found.accepted = sum(
+            token == draft.token_id for token, draft in zip(found.token_ids, candidate.drafts, strict=False)
+        )
+        found.ended = last.token_id in state.ending_ids or state.num_output >= state.params.max_tokens
 
 
 def _take(found: Verified, token: Sampled, is_draft: bool, state: RequestState) -> bool:
