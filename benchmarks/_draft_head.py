@@ -20,6 +20,7 @@ from _draft_target import CODE, CONST, NOISE, Array, E, F, G, P, T, Tensors, Y, 
 
 from freehold.model.config import GlmConfig
 
+_ASKED = (T, F, E, G)  # what queries are made of: the first two of attention, the others of the indexer
 _LARGE, _LARGE_SIZE = NOISE.start, 30.0  # the dimension that is very large, and how large
 _AHEAD = 2.0  # of the drafted token's code, beside the code that was read, in what is handed on as T
 _SWITCH = 2.0  # of a new name's code, beside that of the stanza it ends
@@ -66,7 +67,7 @@ def _join(tensors: Tensors, prefix: str, basis: Array, final: Array, generator: 
 
 
 def _follow(layer: _Layer) -> None:
-    word, stanza, _, _ = layer.read("q_a_proj.weight", T, F, E, CONST)
+    word, stanza, _, _ = layer.read("q_a_proj.weight", *_ASKED)
     value, before, stanza_before = layer.read("kv_a_proj_with_mqa.weight", T, P, G)
     query, (up_key, up_value) = layer.query(0), layer.up(0)
     for part, (asked, held) in enumerate(((word, before), (stanza, stanza_before))):
@@ -79,10 +80,12 @@ def _follow(layer: _Layer) -> None:
 
 
 def _stanza_index(layer: _Layer) -> None:
-    """Entries of the same stanza (their E is the query's) and of the next one (their E is the query's F)."""
+    """Entries of the same stanza (their E is the query's) and of the next one (their E is the query's G)."""
     rows = np.arange(layer.rope, layer.rope + CODE)
     key = layer.parts["indexer.wk.weight"]
     key[rows, E] = np.eye(CODE)
     query = layer.parts["indexer.wq_b.weight"].reshape(layer.config.index_n_heads, layer.config.index_head_dim, -1)
-    query[0][rows, 2 * CODE : 3 * CODE], query[1][rows, CODE : 2 * CODE] = np.eye(CODE), np.eye(CODE)
+    for head, asked in enumerate((E, G)):
+        first = _ASKED.index(asked) * CODE
+        query[head][rows, first : first + CODE] = np.eye(CODE)
     layer.parts["indexer.weights_proj.weight"][:2, CONST] = 1
