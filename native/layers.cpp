@@ -106,15 +106,7 @@ struct Runner {
             {{w.query_a, room.query_latent}, {w.latent_a, room.compressed}, {w.index_key, room.index_key},
              {w.index_weights, room.index_weights, true}});
     norm(room.query_latent, room.query_latent, s.query_rank, w.query_norm, s.latent_eps);
-    const NormArgs latent_norm{room.compressed, latent_dim, w.latent_norm, nullptr, s.rank, float(s.latent_eps)};
-    write_rows(c, latent_norm, {latent, latent_dim, nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
-                                step.sin, s.interleaved != 0});
-    if (w.index_key != nullptr) {
-      const NormArgs key_norm{room.index_key, s.index_dim, w.index_norm, w.index_norm_bias, s.index_dim,
-                              float(s.index_eps)};
-      write_rows(c, key_norm, {keys, s.index_dim, scales, step.slots, rows, s.index_dim, 0, s.rope, step.cos, step.sin,
-                               s.index_interleaved != 0});
-    }
+    if (step.slots != nullptr) write_entries(w, latent, keys, scales);
     c.clock.mark(Part::kAttentionWrite);
     project(room.query_latent, s.query_rank, {{w.query_b, room.query}, {w.index_query, room.index_query}});
     rotate(room.query, s.heads, s.nope + s.rope, s.nope, s.interleaved != 0);
@@ -128,6 +120,19 @@ struct Runner {
     c.clock.mark(Part::kAttend);
     project(room.values, s.heads * s.value, {{w.output, room.y}});
     add(room.y);
+  }
+
+  void write_entries(const LayerWeights& w, bf16* latent, void* keys, float* scales) const {
+    const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
+    const NormArgs latent_norm{room.compressed, latent_dim, w.latent_norm, nullptr, s.rank, float(s.latent_eps)};
+    write_rows(c, latent_norm, {latent, latent_dim, nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
+                                step.sin, s.interleaved != 0});
+    if (w.index_key != nullptr) {
+      const NormArgs key_norm{room.index_key, s.index_dim, w.index_norm, w.index_norm_bias, s.index_dim,
+                              float(s.index_eps)};
+      write_rows(c, key_norm, {keys, s.index_dim, scales, step.slots, rows, s.index_dim, 0, s.rope, step.cos, step.sin,
+                               s.index_interleaved != 0});
+    }
   }
 
   void select_slots(const void* keys, const float* scales) {

@@ -39,7 +39,7 @@ struct LayerStep {
   bf16* hidden;  // [rows, hidden], in and out
   int64_t rows;
   const float *cos, *sin;  // [rows, rope / 2]
-  const int64_t* slots;    // of each row's cache entries
+  const int64_t* slots;    // of each row's cache entries; null: rows that attend and leave none
   const StepSpan* spans;
   int64_t span_count, block_size;
   bf16* const* latents;  // of each layer: [slots, rank + rope]

@@ -6,6 +6,7 @@ context length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +35,24 @@ class BatchBuilder:
     def release(self, request_id: str) -> None:
         self._tables.pop(request_id, None)
 
-    def build(self, step: StepInput) -> ForwardInput:
-        """Rows in the order of `step.seqs`, each sequence's tokens in order of position."""
+    def build(self, step: StepInput, drafts: Sequence[Sequence[int]] = ()) -> ForwardInput:
+        """Rows in the order of `step.seqs`, each sequence's tokens in order of position.
+
+        drafts: for each sequence, tokens that come behind its own (default none); its table covers them.
+        """
         size = self.block_size
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         spans = []
-        for seq in step.seqs:
-            spans.append(Span(len(token_ids), len(seq.token_ids), seq.start, self._table(seq)))
+        for n, seq in enumerate(step.seqs):
+            behind = drafts[n] if drafts else ()
+            count = len(seq.token_ids) + len(behind)
+            spans.append(Span(len(token_ids), count, seq.start, self._table(seq)))
             token_ids.extend(seq.token_ids)
+            token_ids.extend(behind)
             blocks = seq.block_ids
-            for position in range(seq.start, seq.start + len(seq.token_ids)):
+            for position in range(seq.start, seq.start + count):
                 positions.append(position)
                 slots.append(blocks[position // size] * size + position % size)
         rows = torch.tensor((token_ids, positions, slots), dtype=torch.int64)

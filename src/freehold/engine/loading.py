@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from freehold.engine.draft_policy import DraftPolicy
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.guide import GuideCompiler
 from freehold.engine.runner import ModelRunner
@@ -21,14 +22,20 @@ from freehold.model.cache import IndexCache, PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.ops.choose import OpsChoice, load_ops
-from freehold.model.ops.fused import FusedLayers, fits
-from freehold.model.ops.native import DEFAULT_THREADS, NativeOps
+from freehold.model.ops.fused import FusedLayers, FusedMtp, fits
+from freehold.model.ops.native import DEFAULT_THREADS, SMALL_ROWS, NativeOps
 from freehold.model.packing import Quantize, forms, pack_model
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights load."""
+
+DEFAULT_DRAFTS = 3
+"""Most draft tokens of a request and step, where nothing else is asked for."""
+
+MOST_DRAFTS = SMALL_ROWS - 1
+"""More would never be verified: they and the last token of a lone request are as many rows as a small step has."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,6 +47,8 @@ class EngineOptions:
     cache_bytes: memory for the latent and index-key caches; default half of what is available once weights are loaded
     (pages are only committed as they are first used). threads: compute threads; default what torch finds.
     index_cache: "fp8" stores the indexer's keys in 8 bits, half of bf16; near-equal scores may then change places.
+    num_draft_tokens: the most tokens that the MTP layer drafts for a request and step; 0 turns drafting off. Default
+    DEFAULT_DRAFTS where the checkpoint has such a layer.
     """
 
     model_name: str | None = None
@@ -56,6 +65,7 @@ class EngineOptions:
     ops: OpsChoice = "auto"
     index_cache: IndexCache = "auto"
     quantize: Quantize | None = None
+    num_draft_tokens: int | None = None
 
 
 def build_engine(
@@ -76,7 +86,8 @@ def build_engine(
     )
     guides = GuideCompiler(tokenizer, config.eos_token_ids)
     sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
-    return Engine(engine_config, ModelRunner(model, cache, sampler)), tokenizer
+    drafts = DraftPolicy(engine_config.num_draft_tokens) if engine_config.num_draft_tokens else None
+    return Engine(engine_config, ModelRunner(model, cache, sampler, drafts)), tokenizer
 
 
 def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None) -> Glm:
@@ -98,6 +109,8 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     load_weights(model, directory, progress=progress, verify=options.verify)
     if isinstance(ops, NativeOps) and fits(config, layers := model.decoder_layers):
         model.run_few = FusedLayers(ops, config, layers)
+    if isinstance(ops, NativeOps) and model.mtp is not None and fits(config, [model.mtp]):
+        model.mtp_few = FusedMtp(ops, config, model.mtp)
     return model
 
 
@@ -121,6 +134,7 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, d
             f"--max-model-len {max_model_len} exceeds the model's {config.max_position_embeddings} positions",
             param="max_model_len",
         )
+    drafts = _num_drafts(config, options)
     per_block = per_token * options.block_size
     budget = options.cache_bytes if options.cache_bytes is not None else available_memory() // 2
     useful = options.max_num_seqs * -(-max_model_len // options.block_size)
@@ -147,4 +161,19 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, d
         eos_token_ids=config.eos_token_ids,
         vocab_size=config.vocab_size,
         cache_bytes_per_token=per_token,
+        num_draft_tokens=drafts,
     )
+
+
+def _num_drafts(config: GlmConfig, options: EngineOptions) -> int:
+    """How many tokens to draft at most; by default no more than the token budget has room for."""
+    asked = options.num_draft_tokens
+    if asked is None:
+        return min(DEFAULT_DRAFTS, options.max_num_batched_tokens - 1) if config.has_mtp else 0
+    if not 0 <= asked <= MOST_DRAFTS:
+        raise InvalidRequest(f"--draft-tokens {asked}: must be 0 to {MOST_DRAFTS}", param="num_draft_tokens")
+    if asked and not config.has_mtp:
+        raise InvalidRequest(
+            f"--draft-tokens {asked}: this checkpoint has no MTP layer to draft with", param="num_draft_tokens"
+        )
+    return asked

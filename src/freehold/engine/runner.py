@@ -5,17 +5,22 @@ One thread calls it; nothing here knows about queues or requests beyond their id
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from freehold.engine.batch import BatchBuilder
-from freehold.engine.sampler import Sampled, Sampler
+from freehold.engine.draft_policy import Policy
+from freehold.engine.drafts import Drafter
+from freehold.engine.sampler import Sampler
+from freehold.engine.speculate import Candidate, Draft, Verified, verify
 from freehold.engine.step import NewRequest, ScheduledSeq, SeqOutput, StepInput
 from freehold.errors import EngineError
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
+from freehold.model.inputs import ForwardInput
 from freehold.types import TokenLogprobs
 
 # Rows of prompt logits made at once when a prompt is scored: bounds [rows, vocabulary] in memory.
@@ -23,10 +28,14 @@ _SCORE_ROWS = 256
 
 
 class ModelRunner:
-    """Implements `step.Runner` on a `Glm` and its cache."""
+    """Implements `step.Runner` on a `Glm` and its cache.
 
-    def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler) -> None:
+    drafts: how many tokens to draft for each request and step; None: none. Needs a model with an MTP layer.
+    """
+
+    def __init__(self, model: Glm, cache: PagedCache, sampler: Sampler, drafts: Policy | None = None) -> None:
         self.model, self.cache, self.sampler = model, cache, sampler
+        self.drafter = None if drafts is None else Drafter(model, cache, sampler, drafts)
         self.batches = BatchBuilder(cache.block_size)
         # Prompts still to be scored for `prompt_logprobs`: all their tokens, and how many alternatives.
         self._scored: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -35,15 +44,31 @@ class ModelRunner:
         self.release(step.finished)
         for request in step.new:
             self._add(request)
+        started = time.perf_counter()
         with torch.inference_mode():
-            hidden_TH = self.model(self.batches.build(step), self.cache)
-            return self._outputs(step, hidden_TH)
+            drafts = self.drafter.take(step) if self.drafter is not None else [()] * len(step.seqs)
+            inputs = self.batches.build(step, [[draft.token_id for draft in each] for each in drafts])
+            hidden_TH = self.model(inputs, self.cache)
+            scores = [
+                self._score(seq, hidden_TH[span.row : span.row + len(seq.token_ids)])
+                for seq, span in zip(step.seqs, inputs.spans, strict=True)
+            ]
+            outcomes = self._sample(step, inputs, hidden_TH, drafts)
+            if self.drafter is not None:
+                self.drafter.note_verified(step, outcomes, drafts, time.perf_counter() - started)
+                self.drafter.follow(step, inputs, hidden_TH, outcomes)
+        return [
+            _output(seq, outcome, len(each), score)
+            for seq, outcome, each, score in zip(step.seqs, outcomes, drafts, scores, strict=True)
+        ]
 
     def release(self, request_ids: tuple[str, ...]) -> None:
         for request_id in request_ids:
             self.sampler.drop(request_id)
             self.batches.release(request_id)
             self._scored.pop(request_id, None)
+            if self.drafter is not None:
+                self.drafter.release(request_id)
 
     def close(self) -> None:
         self._scored.clear()
@@ -53,40 +78,21 @@ class ModelRunner:
         if request.params.prompt_logprobs is not None:
             self._scored[request.request_id] = (request.prompt_token_ids, request.params.prompt_logprobs)
 
-    def _outputs(self, step: StepInput, hidden_TH: Tensor) -> list[SeqOutput]:
-        last_rows: list[int] = []
-        ids: list[str] = []
-        scores: list[tuple[TokenLogprobs, ...] | EngineError | None] = []
-        row = 0
-        for seq in step.seqs:
-            scores.append(self._score(seq, hidden_TH[row : row + len(seq.token_ids)]))
-            row += len(seq.token_ids)
+    def _sample(
+        self, step: StepInput, inputs: ForwardInput, hidden_TH: Tensor, drafts: Sequence[tuple[Draft, ...]]
+    ) -> list[Verified | None]:
+        """What each sequence that samples gets, None for the others."""
+        rows: list[int] = []
+        candidates: list[Candidate] = []
+        for seq, span, each in zip(step.seqs, inputs.spans, drafts, strict=True):
             if seq.samples:
-                last_rows.append(row - 1)
-                ids.append(seq.request_id)
-        sampled: Iterator[Sampled] = iter(())
-        if ids:
-            rows = hidden_TH if len(ids) == hidden_TH.shape[0] else hidden_TH[last_rows]
-            sampled = iter(self.sampler.sample(self.model.logits(rows), ids))
-        outputs = []
-        for seq, score in zip(step.seqs, scores, strict=True):
-            token = next(sampled) if seq.samples else None
-            if isinstance(score, EngineError):
-                outputs.append(SeqOutput(seq.request_id, error=score))
-                continue
-            if token is None:
-                outputs.append(SeqOutput(seq.request_id, prompt_logprobs=score))
-                continue
-            outputs.append(
-                SeqOutput(
-                    seq.request_id,
-                    token_ids=() if token.error else (token.token_id,),
-                    logprobs=None if token.logprobs is None else (token.logprobs,),
-                    prompt_logprobs=score,
-                    error=token.error,
-                )
-            )
-        return outputs
+                candidates.append(Candidate(seq.request_id, len(rows), each))
+                rows.extend(range(span.row + len(seq.token_ids) - 1, span.row + span.length))
+        if not rows:
+            return [None] * len(step.seqs)
+        sampled_RH = hidden_TH if len(rows) == hidden_TH.shape[0] else hidden_TH[rows]
+        found = iter(verify(self.sampler, self.model.logits(sampled_RH), candidates))
+        return [next(found) if seq.samples else None for seq in step.seqs]
 
     def _score(self, seq: ScheduledSeq, hidden_PH: Tensor) -> tuple[TokenLogprobs, ...] | EngineError | None:
         """The logprob of each next prompt token this chunk's positions predict; an error if the logits are broken."""
@@ -104,3 +110,24 @@ class ModelRunner:
             except EngineError as error:
                 return error
         return tuple(found)
+
+
+def _output(
+    seq: ScheduledSeq,
+    outcome: Verified | None,
+    proposed: int,
+    score: tuple[TokenLogprobs, ...] | EngineError | None,
+) -> SeqOutput:
+    if isinstance(score, EngineError):
+        return SeqOutput(seq.request_id, error=score)
+    if outcome is None:
+        return SeqOutput(seq.request_id, prompt_logprobs=score)
+    return SeqOutput(
+        seq.request_id,
+        token_ids=outcome.token_ids,
+        logprobs=outcome.logprobs or None,
+        prompt_logprobs=score,
+        draft_proposed=proposed,
+        draft_accepted=outcome.accepted,
+        error=outcome.error,
+    )

@@ -100,6 +100,13 @@ class Sampler:
                 own_RV = logits_RV if len(rows) == len(states) else logits_RV[rows]
                 for row, outcome in zip(rows, pick(own_RV, [states[row] for row in rows]), strict=True):
                     picks[row] = outcome
+        return self.settle(logits_RV, states, picks)
+
+    def settle(self, logits_RV: Tensor, states: Sequence[RequestState], picks: list[int | Exception]) -> list[Sampled]:
+        """Take note of the tokens picked for rows, or of why there are none, and score them where that was asked for.
+
+        A token that its request's guide does not allow becomes that request's error.
+        """
         for row, (state, outcome) in enumerate(zip(states, picks, strict=True)):
             if not isinstance(outcome, Exception):
                 try:
@@ -136,7 +143,8 @@ class Sampler:
                 scores.append(TokenLogprobs(token, logprob, rank, tuple(zip(best, values, strict=True))))
         return scores
 
-    def _greedy(self, logits_RV: Tensor, states: list[RequestState]) -> list[int | Exception]:
+    def likeliest(self, logits_RV: Tensor) -> tuple[list[int], list[float]]:
+        """The largest logit of each row: its id, the lowest among equals, and its value (NaN where the row has one)."""
         # amax over short blocks is vectorised and many times faster than max with indices over a row. Both give the
         # first of equal maxima, and both let NaN through as the maximum.
         num_rows, vocab_size = logits_RV.shape
@@ -147,9 +155,13 @@ class Sampler:
             best_R, block_R = blocks_RBb.amax(dim=-1).max(dim=-1)
             within_R = blocks_RBb[torch.arange(num_rows, device=logits_RV.device), block_R].argmax(dim=-1)
             ids_R = block_R * self._block + within_R
+        return ids_R.tolist(), best_R.tolist()
+
+    def _greedy(self, logits_RV: Tensor, states: list[RequestState]) -> list[int | Exception]:
+        ids, best = self.likeliest(logits_RV)
         return [
-            token if math.isfinite(best) else broken_logits(state.request_id)
-            for token, best, state in zip(ids_R.tolist(), best_R.tolist(), states, strict=True)
+            token if math.isfinite(value) else broken_logits(state.request_id)
+            for token, value, state in zip(ids, best, states, strict=True)
         ]
 
     def _plain(self, logits_RV: Tensor, states: list[RequestState]) -> list[int | Exception]:
@@ -200,7 +212,7 @@ class Sampler:
         return picks
 
     def _logprobs(
-        self, logits_RV: Tensor, states: list[RequestState], picks: list[int | Exception]
+        self, logits_RV: Tensor, states: Sequence[RequestState], picks: list[int | Exception]
     ) -> dict[int, TokenLogprobs]:
         wanted = {
             row: (state.params.logprobs, token)

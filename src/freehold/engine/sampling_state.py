@@ -19,6 +19,7 @@ Shapes: V vocabulary, C candidates (tokens that can be sampled), N tokens with a
 from __future__ import annotations
 
 import random
+from collections import deque
 from enum import Enum
 
 import numpy as np
@@ -54,7 +55,8 @@ class RequestState:
     """What sampling remembers of one request between steps.
 
     uniform() draws from the request's own generator if it has a seed (so that its tokens do not depend on the
-    batch it is in), else from the engine's. error is why the request cannot be sampled at all, if so.
+    batch it is in), else from the engine's; peek() looks at a later one. error is why the request cannot be sampled at
+    all, if so. ending_ids: the tokens after which nothing follows.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class RequestState:
         self._guide = guide
         # As text: of a negative number Random would take the absolute value.
         self._random = shared if params.seed is None else random.Random(str(params.seed))
+        self._peeked: deque[float] = deque()
+        self.ending_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else end_token_ids)
         self._banned_early = self._ids({*end_token_ids, *params.stop_token_ids})  # ignore_eos or not, as vLLM
         biased = {token: bias for token, bias in params.logit_bias.items() if 0 <= token < vocab_size}
         self._bias_ids = np.fromiter(biased, dtype=np.int64, count=len(biased))
@@ -99,7 +103,13 @@ class RequestState:
 
     def uniform(self) -> float:
         """The next random number of this request, in [0, 1)."""
-        return self._random.random()
+        return self._peeked.popleft() if self._peeked else self._random.random()
+
+    def peek(self, ahead: int) -> float:
+        """The random number that the call of `uniform` after `ahead` more will give."""
+        while len(self._peeked) <= ahead:
+            self._peeked.append(self._random.random())
+        return self._peeked[ahead]
 
     def edit(self, row_V: Row) -> None:
         """Mask, bias and penalise a row of raw logits in place.
@@ -194,7 +204,7 @@ def choose(row_V: Row, state: RequestState) -> int:
     if state.is_greedy:
         return int(row_V.argmax())
     ids_C, weights_C = _candidates(row_V, state.params)
-    index = _draw(weights_C, state.uniform())
+    index = draw(weights_C, state.uniform())
     return index if ids_C is None else int(ids_C[index])
 
 
@@ -236,7 +246,7 @@ def _candidates(row_V: Row, params: SamplingParams) -> tuple[Ids | None, Row]:
     return ids_C, weights_C
 
 
-def _draw(weights_C: Row, uniform: float) -> int:
+def draw(weights_C: Row, uniform: float) -> int:
     """The index at which the cumulated weight first exceeds uniform (in [0, 1)) times the total.
 
     Two levels, blocks first: a running float64 sum over a whole vocabulary costs more than everything else here.

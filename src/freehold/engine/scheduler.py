@@ -233,7 +233,8 @@ class Scheduler:
         tokens = tuple(request.token_ids[start:stop])
         table = request.table
         samples = stop == len(request.token_ids)
-        seqs.append(ScheduledSeq(request.request_id, tokens, start, table.ids, table.epoch, samples))
+        following = None if samples else request.token_ids[stop]
+        seqs.append(ScheduledSeq(request.request_id, tokens, start, table.ids, table.epoch, samples, following))
 
     def _announce(self, request: Request, new: list[NewRequest]) -> None:
         """A request runs for the first time: tell the runner, and count what others had computed of it."""

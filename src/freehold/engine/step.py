@@ -32,6 +32,7 @@ class ScheduledSeq:
     block_epoch: changes whenever the table was rebuilt rather than only extended, so that a runner may
         keep a tensor of the table and append to it.
     samples: the chunk reaches the last known token, so its last logits give the next token.
+    following: the token after the chunk, where it is known: where `samples` is false.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class ScheduledSeq:
     block_ids: tuple[int, ...]
     block_epoch: int
     samples: bool
+    following: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,15 @@ class PagedCache:
         self.latent: list[Tensor] = [_uninitialised((slots, config.latent_dim), dtype, device) for _ in layers]
         self.index: list[IndexKeys | None] = [keys() if layer in owners else None for layer in layers]
 
+    def blank(self, layer: int, slots_T: Tensor) -> None:
+        """Zeros in the given slots of one layer's caches, as if of a token that nothing attends to in particular."""
+        self.latent[layer][slots_T] = 0
+        keys = self.index[layer]
+        if isinstance(keys, Fp8Keys):
+            keys.values_SD[slots_T], keys.scales_S[slots_T] = 0, 0.0
+        elif keys is not None:
+            keys[slots_T] = 0
+
     @property
     def num_bytes(self) -> int:
         return sum(tensors.nbytes for tensors in (*self.latent, *self.index) if tensors is not None)

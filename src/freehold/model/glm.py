@@ -16,59 +16,16 @@ from torch import Tensor, nn
 
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
+from freehold.model.decoder import DecoderLayer
 from freehold.model.destinations import Destination, held_weights
-from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput
-from freehold.model.layers import MLP, Linear, Norm, Rope
-from freehold.model.mla import LatentAttention, Plan
-from freehold.model.moe import MoE
-from freehold.model.mtp import MtpInput, SharedHead
+from freehold.model.layers import Linear, Norm, Rope
+from freehold.model.mla import Plan
+from freehold.model.mtp import Extended, MtpFew, MtpLayer
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
 
 RunFew = Callable[[Tensor, ForwardInput, tuple[Tensor, Tensor], PagedCache], Tensor | None]
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm residual layer: h += attention(norm(h)); h += mlp(norm(h))."""
-
-    def __init__(self, config: GlmConfig, *, full: bool, sparse: bool, dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.input_layernorm = Norm(config.hidden_size, dtype=dtype, device=device)
-        self.self_attn = LatentAttention(config, full=full, dtype=dtype, device=device)
-        self.post_attention_layernorm = Norm(config.hidden_size, dtype=dtype, device=device)
-        self.mlp: MoE | MLP
-        if sparse:
-            self.mlp = MoE(config, dtype=dtype, device=device)
-        else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
-
-    def forward(
-        self,
-        ops: Ops,
-        hidden_TH: Tensor,
-        inputs: ForwardInput,
-        plan: Plan,
-        rope: tuple[Tensor, Tensor],
-        latent_SL: Tensor,
-        keys_SD: IndexKeys | None,
-        slots_RK: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        x_TH = ops.rms_norm(hidden_TH, self.input_layernorm.weight, self.eps)
-        attended, slots_RK = self.self_attn(ops, x_TH, inputs, plan, *rope, latent_SL, keys_SD, slots_RK)
-        hidden_TH = hidden_TH + attended
-        x_TH = ops.rms_norm(hidden_TH, self.post_attention_layernorm.weight, self.eps)
-        return hidden_TH + self.mlp(ops, x_TH), slots_RK
-
-
-class MtpLayer(DecoderLayer):
-    """Checkpoint layer `num_hidden_layers`: a full sparse decoder layer with its own input and head norm."""
-
-    def __init__(self, config: GlmConfig, *, dtype: torch.dtype, device: str) -> None:
-        super().__init__(config, full=True, sparse=True, dtype=dtype, device=device)
-        self.input = MtpInput(config, dtype=dtype, device=device)
-        self.shared_head = SharedHead(config, dtype=dtype, device=device)
 
 
 class Glm(nn.Module):
@@ -96,6 +53,8 @@ class Glm(nn.Module):
         self.mtp = MtpLayer(config, dtype=dtype, device=device) if config.has_mtp else None
         self.run_few: RunFew | None = None
         """All layers at once, for steps of few rows; None from it, or no such thing, runs them one by one."""
+        self.mtp_few: MtpFew | None = None
+        """The MTP layer in one call, likewise."""
 
     def forward(self, inputs: ForwardInput, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [T, H]. Writes the rows' latents and index keys to `cache`."""
@@ -110,6 +69,39 @@ class Glm(nn.Module):
                 self.ops, hidden_TH, inputs, plan, rope, cache.latent[i], cache.index[i], slots_RK
             )
         return self.ops.rms_norm(hidden_TH, self.norm.weight, self.config.rms_norm_eps)
+
+    def extend_mtp(self, hidden_TH: Tensor, inputs: ForwardInput, cache: PagedCache) -> Extended:
+        """Runs the MTP layer over rows that the target has computed; writes their latents and index keys.
+
+        hidden_TH: the target's hidden states after the final norm, at positions inputs.positions_T.
+        inputs.token_ids_T: the token *after* each position. A span may begin where the MTP layer's cache begins rather
+        than the sequence: then its start and its table count from there, and positions_T stay absolute.
+        Needs a model with an MTP layer.
+        """
+        assert self.mtp is not None
+        layer, rope = self.config.num_hidden_layers, self.rope.tables(inputs.positions_T)
+        z_TH = self.mtp.enter(self.ops, F.embedding(inputs.token_ids_T, self.embed_tokens), hidden_TH)
+        if self.mtp_few is not None and (few := self.mtp_few.extend(z_TH, inputs, rope, cache)) is not None:
+            return Extended(self.mtp.leave(self.ops, few.hidden_TH), few.selection_NK)
+        keys_SD = cache.index[layer]
+        assert keys_SD is not None
+        return self.mtp.extend(self.ops, z_TH, inputs, rope, cache.latent[layer], keys_SD)
+
+    def draft_mtp(
+        self, hidden_NH: Tensor, token_ids_N: Tensor, positions_N: Tensor, selection_NK: Tensor, cache: PagedCache
+    ) -> Tensor:
+        """One more draft step for N sequences, [N, H]: the state that `logits` turns into the draft after the next.
+
+        hidden_NH: what `extend_mtp` (its last rows) or the step before returned. token_ids_N: the draft made from it.
+        positions_N: one more than that state's. selection_NK: from `extend_mtp`, of each sequence's last verified row;
+        the step attends to these entries, made by the target, and to no draft, and writes nothing.
+        """
+        assert self.mtp is not None
+        rope = self.rope.tables(positions_N)
+        z_NH = self.mtp.enter(self.ops, F.embedding(token_ids_N, self.embed_tokens), hidden_NH)
+        if self.mtp_few is not None and (few := self.mtp_few.draft(z_NH, rope, selection_NK, cache)) is not None:
+            return self.mtp.leave(self.ops, few)
+        return self.mtp.draft(self.ops, z_NH, rope, cache.latent[self.config.num_hidden_layers], selection_NK)
 
     @property
     def decoder_layers(self) -> list[DecoderLayer]:

@@ -106,11 +106,7 @@ class LatentAttention(nn.Module):
         slots_RK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output [T, H], selection for this layer and the shared ones above). Writes this layer's cache rows."""
-        latent_TC = ops.rms_norm(
-            ops.linear(x_TH, self.q_a_proj.weight, self.q_a_proj.bias), self.q_a_layernorm.weight, self.eps
-        )
-        query = ops.linear(latent_TC, self.q_b_proj.weight).view(-1, self.heads, self.nope + self.rope_dim)
-        query_TNC = ops.rope(query, cos, sin, self.interleaved, self.nope)
+        latent_TC, query_TNC = self._query(ops, x_TH, cos, sin)
         compressed_TL = ops.linear(x_TH, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
         norm = self.kv_a_layernorm.weight
         ops.write_cache(
@@ -124,6 +120,22 @@ class LatentAttention(nn.Module):
                 slots_RK = self.indexer.select(ops, x_TH, latent_TC, keys_SD, inputs, plan.sparse, cos, sin)
         out_TNO = self._attend(ops, query_TNC, inputs, plan, latent_SL, slots_RK)
         return ops.linear(out_TNO.flatten(1), self.o_proj.weight, self.o_proj.bias), slots_RK
+
+    def attend_given(
+        self, ops: Ops, x_RH: Tensor, cos: Tensor, sin: Tensor, latent_SL: Tensor, slots_RK: Tensor
+    ) -> Tensor:
+        """Output [R, H] of rows that attend to given slots and are not in the cache themselves: nothing is written."""
+        _, query_RNC = self._query(ops, x_RH, cos, sin)
+        out_RNO = self._absorbed(ops, query_RNC, latent_SL, slots_RK)
+        return ops.linear(out_RNO.flatten(1), self.o_proj.weight, self.o_proj.bias)
+
+    def _query(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed query latent [T, C], and the roped queries of all heads."""
+        latent_TC = ops.rms_norm(
+            ops.linear(x_TH, self.q_a_proj.weight, self.q_a_proj.bias), self.q_a_layernorm.weight, self.eps
+        )
+        query = ops.linear(latent_TC, self.q_b_proj.weight).view(-1, self.heads, self.nope + self.rope_dim)
+        return latent_TC, ops.rope(query, cos, sin, self.interleaved, self.nope)
 
     def _attend(
         self,

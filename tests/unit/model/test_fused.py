@@ -16,7 +16,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inputs import ForwardInput, Span, single_sequence
 from freehold.model.mla import Plan
-from freehold.model.ops.fused import FusedLayers, fits
+from freehold.model.ops.fused import FusedLayers, FusedMtp, fits
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import KINDS, Kind
 from freehold.model.packing import forms, pack_model
@@ -269,3 +269,36 @@ def test_a_loaded_model_has_it(quantize: Any) -> None:
     assert isinstance(load_model(DIRECTORIES["nano"], config, EngineOptions(quantize=quantize)).run_few, FusedLayers)
     for options in (EngineOptions(ops="reference", quantize=quantize), EngineOptions(dtype="float32")):
         assert load_model(DIRECTORIES["nano"], config, options).run_few is None
+
+
+@pytest.mark.parametrize("case", ["first token", "one far above", "speculation", "prompt of 16", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_mtp_layer_in_calls_of_its_own(name: str, kind: Kind, case: str) -> None:
+    """Extending, and two draft steps after it: bit for bit what the layer computes by single operations."""
+    model, ops = model_of(name, kind), native(SUPPORTED[0])
+    assert model.mtp is not None
+    inputs, size = batch(BATCHES[case], model.config.vocab_size), model.config.hidden_size
+    hidden = normal(generator(2), inputs.num_rows, size)
+    last = [span.row + span.length - 1 for span in inputs.spans]
+    found: list[list[Tensor]] = []
+    model.ops = ops
+    for few in (FusedMtp(ops, model.config, model.mtp), None):
+        model.mtp_few = few
+        held = filled_cache(model.config)
+        with torch.inference_mode():
+            extended = model.extend_mtp(hidden, inputs, held)
+            entries = held.latent[-1].clone()
+            states = [extended.hidden_TH]
+            state = extended.hidden_TH[last]
+            for step in (1, 2):
+                tokens = torch.arange(len(last)) + 7 * step
+                at = inputs.positions_T[last] + step
+                state = model.draft_mtp(state, tokens, at, extended.selection_NK, held)
+                states.append(state)
+        assert torch.equal(held.latent[-1], entries), "a draft step left an entry"
+        assert held.index[-1] is not None
+        found.append([*states, entries, held.index[-1]])
+    model.mtp_few = None
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.equal(found[0][1], found[0][2])

@@ -27,7 +27,8 @@ from torch import nn
 
 from freehold.engine.bench.clock import PartClock
 from freehold.engine.runner import ModelRunner
-from freehold.model.glm import DecoderLayer, Glm
+from freehold.model.decoder import DecoderLayer
+from freehold.model.glm import Glm
 from freehold.model.indexer import Indexer
 from freehold.model.layers import MLP
 from freehold.model.mla import LatentAttention

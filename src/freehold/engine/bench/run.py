@@ -8,7 +8,7 @@ one thread here (a server does the text work on another). Three things are not a
   friendly order to read latents in.
 - The token that a step is given is random and not the one that was sampled: a model with random weights soon repeats
   itself, and with it the choice of experts, which then come from the processor's cache.
-- Sampling is greedy.
+- Sampling is greedy, and nothing is drafted: random tokens would never be the drafts.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def _engine_options(config: GlmConfig, options: BenchOptions) -> EngineOptions:
         block_size=size,
         threads=options.threads,
         quantize=options.quantize,
+        num_draft_tokens=0,
     )
 
 

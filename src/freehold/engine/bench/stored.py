@@ -11,7 +11,7 @@ import torch
 from freehold.engine.runner import ModelRunner
 from freehold.errors import EngineError
 from freehold.model.cache_layout import LatentFormat
-from freehold.model.glm import DecoderLayer
+from freehold.model.decoder import DecoderLayer
 from freehold.model.moe import MoE
 from freehold.model.traffic import MATRICES, WEIGHT_FORMATS, Formats, Matrix, WeightFormat
 

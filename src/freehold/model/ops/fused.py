@@ -19,12 +19,13 @@ from torch import Tensor
 
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
-from freehold.model.glm import DecoderLayer
+from freehold.model.decoder import DecoderLayer
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.indexer import KEY_NORM_EPS
 from freehold.model.inputs import ForwardInput
 from freehold.model.mla import LatentAttention
 from freehold.model.moe import MoE
+from freehold.model.mtp import Extended, MtpLayer
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import PANEL, PackedHeads, PackedWeight
 
@@ -36,13 +37,13 @@ def _struct(name: str, pointers: str, integers: str = "", doubles: str = "") -> 
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-_LayerWeights = _struct(
-    "_LayerWeights",
+_POINTER_FIELDS = (
     "input_norm post_norm query_norm latent_norm query_a query_b latent_a up_key up_value output "
     "index_query index_key index_weights index_norm index_norm_bias gate up down "
-    "router expert_gate_up expert_down router_bias",
-    "experts",
+    "router expert_gate_up expert_down router_bias"
 )
+_WEIGHT_FIELDS = (*_POINTER_FIELDS.split(), "experts")
+_LayerWeights = _struct("_LayerWeights", _POINTER_FIELDS, "experts")
 _LayerSizes = _struct(
     "_LayerSizes",
     "",
@@ -95,12 +96,19 @@ class FusedLayers:
         self, hidden_TH: Tensor, inputs: ForwardInput, rope: tuple[Tensor, Tensor], cache: PagedCache
     ) -> Tensor | None:
         """The layers' output, in hidden_TH; None for a step that is not one for it: many rows, another cache."""
+        selection_TK = self.run(hidden_TH, inputs, rope, cache)
+        return None if selection_TK is None else hidden_TH
+
+    def run(
+        self, hidden_TH: Tensor, inputs: ForwardInput, rope: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> Tensor | None:
+        """As calling it, but returns the slots that each row attended to in the last layer, [T, K], -1 padded."""
         rows = inputs.num_rows
         if not 0 < rows <= SMALL_ROWS or cache.latent[0].dtype is not torch.bfloat16:
             return None
         spans = inputs.spans
         width = min(self._topk, max(span.end for span in spans))
-        selection = torch.empty((rows, width), dtype=torch.int64)
+        selection_TK = torch.empty((rows, width), dtype=torch.int64)
         # Addresses only: the tensors live until the call returns.
         described = (ctypes.c_int64 * (4 * len(spans)))()
         tables = [span.table_B.contiguous() for span in spans]
@@ -111,12 +119,12 @@ class FusedLayers:
         step = _Step(
             hidden_TH.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), inputs.slots_T.data_ptr(),
             ctypes.addressof(described), len(spans), inputs.block_size, ctypes.addressof(latents),
-            ctypes.addressof(keys), ctypes.addressof(scales), selection.data_ptr(), width,
+            ctypes.addressof(keys), ctypes.addressof(scales), selection_TK.data_ptr(), width,
         )  # fmt: skip
         self._ops.run_layers(
             ctypes.addressof(self._sizes), ctypes.addressof(self._weights), self._count, ctypes.addressof(step)
         )
-        return hidden_TH
+        return selection_TK
 
     def _pointers(self, cache: PagedCache) -> tuple[_Pointers, _Pointers, _Pointers]:
         """Where each layer's caches lie; kept while the cache is the same."""
@@ -128,6 +136,43 @@ class FusedLayers:
             keys, scales = array(*(key for key, _ in index)), array(*(scale for _, scale in index))
             self._caches = (cache, latents, keys, scales)
         return self._caches[1:]
+
+
+class FusedMtp(FusedLayers):
+    """The MTP layer, as one call to extend it and one call for a draft step. Implements `mtp.MtpFew`."""
+
+    def __init__(self, ops: NativeOps, config: GlmConfig, layer: MtpLayer) -> None:
+        super().__init__(ops, config, [layer], config.num_hidden_layers)
+        # A draft step is handed its selection and leaves no entry: a layer without an indexer and without latents.
+        held = {name: getattr(self._weights[0], name) for name in _WEIGHT_FIELDS}
+        without = {name: None for name in _WEIGHT_FIELDS if name.startswith("index_") or name == "latent_a"}
+        self._drafting = _LayerWeights(**(held | without))
+
+    def extend(
+        self, z_TH: Tensor, inputs: ForwardInput, rope: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> Extended | None:
+        selection_TK = self.run(z_TH, inputs, rope, cache)
+        if selection_TK is None:
+            return None
+        if len(inputs.spans) < inputs.num_rows:
+            selection_TK = selection_TK[[span.row + span.length - 1 for span in inputs.spans]]
+        return Extended(z_TH, selection_TK)
+
+    def draft(
+        self, z_NH: Tensor, rope: tuple[Tensor, Tensor], selection_NK: Tensor, cache: PagedCache
+    ) -> Tensor | None:
+        rows, width = selection_NK.shape
+        if rows > SMALL_ROWS or cache.latent[0].dtype is not torch.bfloat16:
+            return None
+        latents, keys, scales = self._pointers(cache)
+        selection_NK = selection_NK.contiguous()
+        cos, sin = rope
+        step = _Step(
+            z_NH.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), None, None, 0, cache.block_size,
+            ctypes.addressof(latents), ctypes.addressof(keys), ctypes.addressof(scales), selection_NK.data_ptr(), width,
+        )  # fmt: skip
+        self._ops.run_layers(ctypes.addressof(self._sizes), ctypes.addressof(self._drafting), 1, ctypes.addressof(step))
+        return z_NH
 
 
 def _addresses(keys: IndexKeys | None) -> tuple[int | None, int | None]:
