@@ -23,6 +23,7 @@ from freehold.model.config import GlmConfig
 _ASKED = (T, F, E, G)  # what queries are made of: the first two of attention, the others of the indexer
 _LARGE, _LARGE_SIZE = NOISE.start, 30.0  # the dimension that is very large, and how large
 _AHEAD = 2.0  # of the drafted token's code, beside the code that was read, in what is handed on as T
+_ROUGH = 0.03  # random parts of eh_proj: they make some drafts wrong
 _SWITCH = 2.0  # of a new name's code, beside that of the stanza it ends
 
 
@@ -55,7 +56,7 @@ def _join(tensors: Tensors, prefix: str, basis: Array, final: Array, generator: 
     hidden = basis.shape[0]
     tensors[prefix + "enorm.weight"][:] = np.sqrt((CODE + 9) / hidden)  # the embedding as it was
     tensors[prefix + "hnorm.weight"] = np.float32(np.sqrt(np.mean(final**2))) / final  # what the final norm got
-    both = generator.normal(0, 0.01, (hidden, 2 * hidden)).astype(np.float32)
+    both = generator.normal(0, _ROUGH, (hidden, 2 * hidden)).astype(np.float32)
     word, state = both[:, :hidden], both[:, hidden:]
     for into, part, taken in ((T, word, T), (P, state, T), (F, state, F), (G, state, F), (E, state, E)):
         part[into, taken] += np.eye(CODE)

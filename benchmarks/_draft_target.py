@@ -107,9 +107,7 @@ def build_target(raw: dict[str, Any], seed: int = 0) -> Tensors:
             quiet = spec.name.endswith(("o_proj.weight", "down_proj.weight"))
             values = values * np.float32(_QUIET) if quiet else values
         tensors[spec.name] = values
-    generator = np.random.default_rng(seed)
-    code = codes(config.vocab_size, generator)
-    _ends(tensors, code, generator)
+    _ends(tensors, codes(config.vocab_size, np.random.default_rng(seed)), np.random.default_rng(seed + 1))
     frequencies = config.rope_theta ** (-np.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)
     layers = [_Layer(tensors, config, i, frequencies) for i in range(4)]
     _nearest_name(layers[0], copied=T, into=F)

@@ -1,4 +1,4 @@
-"""What paired samples say for certain: an upper bound of a median that assumes nothing of how the samples are spread."""
+"""What samples say for certain: an upper bound of their median that assumes nothing of how they are spread."""
 
 from __future__ import annotations
 

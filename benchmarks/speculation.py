@@ -82,16 +82,10 @@ def _print_acceptance(found: dict[str, Counting]) -> None:
 def speed(report: Report, directory: Path, rounds: int, tokens: int, threads: int | None) -> None:
     drafting = Drafting.load(write_draft_model(directory, "wide"), most=max(DRAFTS), threads=threads)
     for batch in (1, 8):
-        prompts = song_prompts(batch, seed=7)
         answers: dict[int, list[tuple[int, ...]]] = {}
-
-        def rate(drafts: int, prompts: list[Prompt] = prompts, answers: dict[int, list[tuple[int, ...]]] = answers) -> float:
-            run = drafting.run(drafting.fixed(drafts), prompts, tokens)
-            answers[drafts] = run.tokens
-            return run.rate
-
-        arms = (0, *DRAFTS)
+        rate = partial(_rate, drafting, song_prompts(batch, seed=7), tokens, answers)
         rate(0)  # warm
+        arms = (0, *DRAFTS)
         samples = dict(zip(arms, interleaved([partial(rate, drafts) for drafts in arms], rounds), strict=True))
         report.samples[f"tokens_per_s, batch {batch}"] = samples
         print(f"decode, {batch} at a time: none {median(samples[0]):.1f} tokens/s")
@@ -104,6 +98,14 @@ def speed(report: Report, directory: Path, rounds: int, tokens: int, threads: in
         changed = sum(answers[drafts] != answers[0] for drafts in DRAFTS)
         report.bar(f"decode, {batch} at a time: numbers of drafts that change an answer", changed, "==", 0)
     drafting.base.close()
+
+
+def _rate(
+    drafting: Drafting, prompts: list[Prompt], tokens: int, answers: dict[int, list[tuple[int, ...]]], drafts: int
+) -> float:
+    run = drafting.run(drafting.fixed(drafts), prompts, tokens)
+    answers[drafts] = run.tokens
+    return run.rate
 
 
 def back_off(report: Report, directory: Path, pairs: int, tokens: int, threads: int | None) -> None:

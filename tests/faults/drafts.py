@@ -1,4 +1,4 @@
-"""Wrong ways to run an MTP layer. Each leaves the tokens right, for drafts are verified, and costs acceptance in silence.
+"""Wrong ways to run an MTP layer. Each leaves the tokens right, since drafts are verified, and costs only acceptance.
 
 A fault is put into a `ModelRunner` that drafts; what it returns undoes it.
 """
