@@ -98,8 +98,10 @@ struct Runner {
   // hidden += x, rounded.
   void add(const bf16* x) const { c.kernels.accumulate(step.hidden, x, step.rows * s.hidden); }
 
-  void attention(const LayerWeights& w, bf16* latent, void* keys, float* scales) {
+  void attention(const LayerWeights& w, void* latent, void* keys, float* scales) {
     const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
+    const bool fp8 = step.fp8_latents != 0;
+    const int64_t latent_row = fp8 ? LatentRecord{s.rank, s.rope}.bytes() : latent_dim;
     norm(room.x, step.hidden, s.hidden, w.input_norm, s.eps);
     c.clock.mark(Part::kNorms);
     project(room.x, s.hidden,
@@ -107,8 +109,8 @@ struct Runner {
              {w.index_weights, room.index_weights, true}});
     norm(room.query_latent, room.query_latent, s.query_rank, w.query_norm, s.latent_eps);
     const NormArgs latent_norm{room.compressed, latent_dim, w.latent_norm, nullptr, s.rank, float(s.latent_eps)};
-    write_rows(c, latent_norm, {latent, latent_dim, nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
-                                step.sin, s.interleaved != 0});
+    write_rows(c, latent_norm, {latent, latent_row, nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
+                                step.sin, s.interleaved != 0, fp8 ? s.rank : 0});
     if (w.index_key != nullptr) {
       const NormArgs key_norm{room.index_key, s.index_dim, w.index_norm, w.index_norm_bias, s.index_dim,
                               float(s.index_eps)};
@@ -121,8 +123,8 @@ struct Runner {
     if (w.index_key != nullptr) select_slots(keys, scales);
     const int64_t head = s.nope + s.rope;
     absorb(c, room.absorbed, room.query, s.heads * head, head, rows, s.heads, s.rope, *w.up_key);
-    const AttendArgs args{room.absorbed, s.heads * latent_dim, latent_dim, latent, latent_dim, step.selection,
-                          step.width, step.width, -1, s.heads, latent_dim, s.rank, float(s.attention_scale)};
+    const AttendArgs args{room.absorbed, s.heads * latent_dim, latent_dim, latent, latent_row, step.selection,
+                          step.width, step.width, -1, s.heads, latent_dim, s.rank, float(s.attention_scale), fp8};
     attend(c, args, room.mixed, rows);
     unabsorb(c, room.values, room.mixed, rows, s.heads, *w.up_value);
     c.clock.mark(Part::kAttend);

@@ -19,6 +19,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.destinations import Destination, held_weights
 from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput
+from freehold.model.latents import Latents
 from freehold.model.layers import MLP, Linear, Norm, Rope
 from freehold.model.mla import LatentAttention, Plan
 from freehold.model.moe import MoE
@@ -51,7 +52,7 @@ class DecoderLayer(nn.Module):
         inputs: ForwardInput,
         plan: Plan,
         rope: tuple[Tensor, Tensor],
-        latent_SL: Tensor,
+        latent_SL: Latents,
         keys_SD: IndexKeys | None,
         slots_RK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ from freehold.model.glm import DecoderLayer
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.indexer import KEY_NORM_EPS
 from freehold.model.inputs import ForwardInput
+from freehold.model.latents import Fp8Latents, Latents
 from freehold.model.mla import LatentAttention
 from freehold.model.moe import MoE
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
@@ -67,6 +68,7 @@ class _Step(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("selection", ctypes.c_void_p),
         ("width", ctypes.c_int64),
+        ("fp8_latents", ctypes.c_int64),
     )
 
 
@@ -96,7 +98,9 @@ class FusedLayers:
     ) -> Tensor | None:
         """The layers' output, in hidden_TH; None for a step that is not one for it: many rows, another cache."""
         rows = inputs.num_rows
-        if not 0 < rows <= SMALL_ROWS or cache.latent[0].dtype is not torch.bfloat16:
+        first = cache.latent[self._first]
+        fp8 = isinstance(first, Fp8Latents)
+        if not 0 < rows <= SMALL_ROWS or (isinstance(first, Tensor) and first.dtype is not torch.bfloat16):
             return None
         spans = inputs.spans
         width = min(self._topk, max(span.end for span in spans))
@@ -111,7 +115,7 @@ class FusedLayers:
         step = _Step(
             hidden_TH.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), inputs.slots_T.data_ptr(),
             ctypes.addressof(described), len(spans), inputs.block_size, ctypes.addressof(latents),
-            ctypes.addressof(keys), ctypes.addressof(scales), selection.data_ptr(), width,
+            ctypes.addressof(keys), ctypes.addressof(scales), selection.data_ptr(), width, fp8,
         )  # fmt: skip
         self._ops.run_layers(
             ctypes.addressof(self._sizes), ctypes.addressof(self._weights), self._count, ctypes.addressof(step)
@@ -123,11 +127,15 @@ class FusedLayers:
         if self._caches is None or self._caches[0] is not cache:
             chosen = range(self._first, self._first + self._count)
             array = ctypes.c_void_p * self._count
-            latents = array(*(cache.latent[i].data_ptr() for i in chosen))
+            latents = array(*(_latent_address(cache.latent[i]) for i in chosen))
             index = [_addresses(cache.index[i]) for i in chosen]
             keys, scales = array(*(key for key, _ in index)), array(*(scale for _, scale in index))
             self._caches = (cache, latents, keys, scales)
         return self._caches[1:]
+
+
+def _latent_address(latents: Latents) -> int:
+    return (latents.records_SB if isinstance(latents, Fp8Latents) else latents).data_ptr()
 
 
 def _addresses(keys: IndexKeys | None) -> tuple[int | None, int | None]:
