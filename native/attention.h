@@ -63,12 +63,16 @@ FH_INLINE void mix(const bf16* const* rows, int64_t count_rows, const bf16* p, i
   }
 }
 
-// Calls ask(address) for every cache line of a latent.
-template <class Ask>
-FH_INLINE void each_line(const AttendArgs& a, const char* latent, Ask ask) {
+// Prefetches every cache line of a latent. Inlined, because the compiler drops a call that only prefetches.
+template <bool Far>
+FH_INLINE void ask_for_latent(const AttendArgs& a, const char* latent) {
   const int64_t bytes = a.fp8 ? freehold::LatentRecord{a.rank, a.latent_dim - a.rank}.bytes() : a.latent_dim * 2;
-  for (int64_t i = 0; i < bytes; i += 64) ask(latent + i);
-  if (a.fp8) ask(latent + bytes - 1);  // records start anywhere in a line
+  // Records start anywhere in a line.
+  const char *line = a.fp8 ? latent - reinterpret_cast<uintptr_t>(latent) % 64 : latent, *const end = latent + bytes;
+  for (; line < end; line += 64) {
+    if constexpr (Far) prefetch_far(line);
+    else prefetch(line);
+  }
 }
 
 // One chunk of one row: maxima, sums and unnormalised outputs of every head.
@@ -86,20 +90,20 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
   for (int64_t k = first; k < end; ++k)
     if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0) {
       // Selected rows lie anywhere: all are asked for at once, before the first is needed.
-      each_line(a, latents + slot * stride, [](const char* line) { prefetch(line); });
+      ask_for_latent<false>(a, latents + slot * stride);
       rows[count++] = reinterpret_cast<const bf16*>(latents + slot * stride);  // FP8: a record, until it is widened
     }
   // And the next chunk's are on their way while this one is worked on.
   const int64_t next = min64(first + 2 * kAttendChunk, freehold::attend_count(a, row));
   for (int64_t k = first + kAttendChunk; k < next; ++k)
     if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0)
-      each_line(a, latents + slot * stride, [](const char* line) { prefetch_far(line); });
+      ask_for_latent<true>(a, latents + slot * stride);
   const bf16* query = a.query + row * a.query_row;
   for (int64_t k = 0; k < count; k += 4) {
     const int64_t four = min64(4, count - k);
     for (int64_t j = 0; a.fp8 && j < four; ++j) {
       bf16* widened = staged + (k + j) * a.latent_dim;
-      widen_latent(reinterpret_cast<const uint8_t*>(rows[k + j]), a.rank, a.latent_dim - a.rank, widened);
+      widen_record(reinterpret_cast<const uint8_t*>(rows[k + j]), a.rank, a.latent_dim - a.rank, widened);
       rows[k + j] = widened;
     }
     const bf16* w[4];

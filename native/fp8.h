@@ -9,7 +9,7 @@
 
 namespace {
 
-// With the byte in the high half of a 16-bit lane, sign and magnitude move to bf16's places in one arithmetic shift.
+// With the byte sign-extended to 16 bits, sign and magnitude move to bf16's places in one shift and a mask.
 // What is then to be added is the difference of the biases, (127 - 7) << 7, and below 2^-6 what normalising changes.
 // E4M3's NaN occurs in weights only: a key or latent that is not finite has a scale that says so. Where a power of two
 // multiplies, it is added to the exponents of both, but for zero's.
@@ -30,14 +30,14 @@ FH_INLINE void fill_nan(int64_t size, bf16* out) {
 #if FH_512
 FH_INLINE __m512i subnormals_fp8() { return _mm512_broadcast_i32x4(_mm_setr_epi16(FH_FP8_SUBNORMALS)); }
 FH_INLINE B widen_fp8(__m512i x, __m512i bias, __m512i table) {
-  const __m512i placed = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 4), _mm512_set1_epi16(short(0x87f0)));
+  const __m512i placed = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(short(0x87f0)));
   const __mmask32 small = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
   // The index is taken modulo 32, and the table repeats after 8.
   return _mm512_add_epi16(placed, _mm512_mask_permutexvar_epi16(bias, small, x, table));
 }
 template <bool MayBeNan>
 FH_INLINE B widen_fp8(__m256i bytes) {
-  const __m512i x = _mm512_cvtepu8_epi16(bytes);
+  const __m512i x = _mm512_cvtepi8_epi16(bytes);
   const __m512i value = widen_fp8(x, _mm512_set1_epi16(kBias), subnormals_fp8());
   if constexpr (!MayBeNan) return value;
   const __m512i magnitude = _mm512_set1_epi16(0x7f);
@@ -60,22 +60,24 @@ FH_INLINE void widen_fp8(const uint8_t* p, int64_t size, float scale, bf16* out)
   const short shift = short(exponent_of(scale) * 128);
   const __m512i bias = _mm512_set1_epi16(short(kBias + shift)), zeros = subnormals_fp8();
   const __m512i table = _mm512_mask_add_epi16(zeros, 0xfefefefeu, zeros, _mm512_set1_epi16(shift));
-  int64_t i = 0;
-  for (; i + 32 <= size; i += 32) {
+  const auto whole = [&](int64_t i) __attribute__((always_inline)) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
-    _mm512_storeu_si512(out + i, widen_fp8(_mm512_cvtepu8_epi16(bytes), bias, table));
-  }
+    _mm512_storeu_si512(out + i, widen_fp8(_mm512_cvtepi8_epi16(bytes), bias, table));
+  };
+  if (size == 128) return whole(0), whole(32), whole(64), whole(96);
+  int64_t i = 0;
+  for (; i + 32 <= size; i += 32) whole(i);
   if (i < size) {
     const __mmask32 mask = __mmask32((1ull << (size - i)) - 1);
     const __m256i bytes = _mm256_maskz_loadu_epi8(mask, p + i);
-    _mm512_mask_storeu_epi16(out + i, mask, widen_fp8(_mm512_cvtepu8_epi16(bytes), bias, table));
+    _mm512_mask_storeu_epi16(out + i, mask, widen_fp8(_mm512_cvtepi8_epi16(bytes), bias, table));
   }
 }
 #else
 // Bytes 2m and 2m + 1 of the table are of number m, for both halves of a lane.
 FH_INLINE __m256i subnormals_fp8() { return _mm256_broadcastsi128_si256(_mm_setr_epi16(FH_FP8_SUBNORMALS)); }
 FH_INLINE B widen_fp8(__m256i x, __m256i magnitude, __m256i bias, __m256i table) {
-  const __m256i placed = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 4), _mm256_set1_epi16(short(0x87f0)));
+  const __m256i placed = _mm256_and_si256(_mm256_slli_epi16(x, 4), _mm256_set1_epi16(short(0x87f0)));
   const __m256i twice = _mm256_slli_epi16(magnitude, 1);
   const __m256i at = _mm256_or_si256(twice, _mm256_slli_epi16(_mm256_add_epi16(twice, _mm256_set1_epi16(1)), 8));
   const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
@@ -83,7 +85,7 @@ FH_INLINE B widen_fp8(__m256i x, __m256i magnitude, __m256i bias, __m256i table)
 }
 template <bool MayBeNan>
 FH_INLINE B widen_fp8(__m128i bytes) {
-  const __m256i x = _mm256_cvtepu8_epi16(bytes), magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+  const __m256i x = _mm256_cvtepi8_epi16(bytes), magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
   const __m256i value = widen_fp8(x, magnitude, _mm256_set1_epi16(kBias), subnormals_fp8());
   if constexpr (!MayBeNan) return value;
   const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
@@ -108,7 +110,7 @@ FH_INLINE void widen_fp8(const uint8_t* p, int64_t size, float scale, bf16* out)
   const __m256i bias = _mm256_add_epi16(_mm256_set1_epi16(kBias), shift);
   const __m256i table = _mm256_add_epi16(zeros, _mm256_and_si256(shift, but_zero));
   const auto widened = [&](__m128i bytes) __attribute__((always_inline)) {
-    const __m256i x = _mm256_cvtepu8_epi16(bytes);
+    const __m256i x = _mm256_cvtepi8_epi16(bytes);
     return widen_fp8(x, _mm256_and_si256(x, _mm256_set1_epi16(0x7f)), bias, table);
   };
   int64_t i = 0;
@@ -163,7 +165,7 @@ float quantise(const bf16* x, int64_t size, int least, uint8_t* out) {
   return scale;
 }
 
-void widen_latent(const uint8_t* record, int64_t rank, int64_t rope, bf16* out) {
+FH_INLINE void widen_record(const uint8_t* record, int64_t rank, int64_t rope, bf16* out) {
   const freehold::LatentRecord layout{rank, rope};
   for (int64_t i = 0; i < rank; i += freehold::kLatentGroup) {
     float scale;
@@ -171,7 +173,14 @@ void widen_latent(const uint8_t* record, int64_t rank, int64_t rope, bf16* out) 
     const int64_t left = rank - i;
     widen_fp8(record + i, left < freehold::kLatentGroup ? left : freehold::kLatentGroup, scale, out + i);
   }
-  memcpy(out + rank, record + layout.key(), size_t(rope) * 2);
+  const bf16* key = reinterpret_cast<const bf16*>(record + layout.key());
+  int64_t i = 0;
+  for (; i + 2 * W <= rope; i += 2 * W) store_bits(out + rank + i, load(key + i));
+  memcpy(out + rank + i, key + i, size_t(rope - i) * 2);
+}
+
+void widen_latent(const uint8_t* record, int64_t rank, int64_t rope, bf16* out) {
+  widen_record(record, rank, rope, out);
 }
 
 }  // namespace

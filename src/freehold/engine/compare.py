@@ -92,11 +92,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class CacheComparison:
-    """One way to store the caches against storing them as computed. bytes_per_token: of all layers' caches."""
+    """One way to store the caches against storing them as computed. bytes_*: of a token in all layers' caches."""
 
     latent: LatentFormat
     index: IndexFormat
     bytes_per_token: int
+    bytes_as_computed: int
     comparison: Comparison
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def compare_caches(
             latent, index = cache_formats(model.dtype, index_cache, latent_cache)
             comparison = _compared(_name(*names), _name(latent, index), config, windows, found)
             per_token = cache_bytes_per_token(config, model.dtype, index_cache, latent_cache)
-            compared.append(CacheComparison(latent, index, per_token, comparison))
+            as_computed = cache_bytes_per_token(config, model.dtype)
+            compared.append(CacheComparison(latent, index, per_token, as_computed, comparison))
     return tuple(compared)
 
 

@@ -141,6 +141,8 @@ def bench_engine(
         formats=bench.formats.weights,
         ceilings=ceilings,
         scenarios=tuple(scenarios),
+        latent=bench.formats.latent,
+        index=bench.formats.index,
     )
 
 
