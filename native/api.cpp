@@ -131,12 +131,23 @@ int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64_t x_he
 
 int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x,
              int64_t x_row, int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias, float eps,
-             int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved) {
+             int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved, int64_t fp8_rank) {
   return call(context, [&](Context& c) {
     const freehold::NormArgs norm{static_cast<const bf16*>(x), x_row, static_cast<const bf16*>(weight),
                                   static_cast<const bf16*>(bias), normed, eps};
     freehold::write_rows(
-        c, norm, {cache, cache_row, scales, slots, rows, size, first, dims, cos, sin, interleaved != 0});
+        c, norm, {cache, cache_row, scales, slots, rows, size, first, dims, cos, sin, interleaved != 0, fp8_rank});
+  });
+}
+
+int fh_read(void* context, void* out, const void* records, int64_t record_row, const int64_t* slots, int64_t count,
+            int64_t rank, int64_t rope) {
+  return call(context, [&](Context& c) {
+    c.ranges(count, 1, rank + rope, [&](int64_t first, int64_t last, int) {
+      for (int64_t i = first; i < last; ++i)
+        c.kernels.widen_latent(static_cast<const uint8_t*>(records) + slots[i] * record_row, rank, rope,
+                               static_cast<bf16*>(out) + i * (rank + rope));
+    });
   });
 }
 
@@ -153,10 +164,10 @@ int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, i
 
 int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
               int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
-              const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale) {
+              const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale, int fp8) {
   return call(context, [&](Context& c) {
-    const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, static_cast<const bf16*>(latent),
-                          latent_row, slots, slots_row, count, start, heads, latent_dim, rank, scale};
+    const AttendArgs args{static_cast<const bf16*>(query), query_row, query_head, latent, latent_row, slots,
+                          slots_row, count, start, heads, latent_dim, rank, scale, fp8 != 0};
     freehold::attend(c, args, static_cast<bf16*>(out), rows);
   });
 }

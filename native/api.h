@@ -43,19 +43,26 @@ FH_API int fh_rope(void* context, void* out, const void* x, int64_t x_row, int64
                    int64_t heads, int64_t size, int64_t first, int64_t dims, const float* cos, const float* sin,
                    int interleaved);
 // cache[slots[t]] = norm(x[t][:normed]) with `dims` values from `first` rotated; values past `normed` are not normed.
-// scales null: in bf16; else as FP8 E4M3 bytes with a scale for each slot.
+// scales null: in bf16; else as FP8 E4M3 bytes with a scale for each slot. fp8_rank not 0: as FP8 latent records with
+// that many values in 8 bits (kernels.h), cache_row in bytes.
 FH_API int fh_write(void* context, void* cache, int64_t cache_row, float* scales, const int64_t* slots, const void* x,
                     int64_t x_row, int64_t rows, int64_t size, int64_t normed, const void* weight, const void* bias,
-                    float eps, int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved);
+                    float eps, int64_t first, int64_t dims, const float* cos, const float* sin, int interleaved,
+                    int64_t fp8_rank);
+// out [count, rank + rope], contiguous: the latents of FP8 records.
+FH_API int fh_read(void* context, void* out, const void* records, int64_t record_row, const int64_t* slots,
+                   int64_t count, int64_t rank, int64_t rope);
 // scales null: keys are bf16; else they are FP8 E4M3 bytes with a scale for each slot.
 FH_API int fh_select(void* context, int64_t* out, int64_t out_row, const void* query, int64_t query_row,
                      int64_t query_head, const float* weight, int64_t weight_row, int64_t rows, int64_t heads,
                      int64_t dim, const void* keys, int64_t keys_row, const float* scales, const int64_t* table,
                      int64_t block_size, int64_t start, int64_t topk);
-// Negative slots are skipped. start: negative, or row r takes only its first start + r + 1 slots.
+// Negative slots are skipped. start: negative, or row r takes only its first start + r + 1 slots. fp8: latents are FP8
+// records, latent_row in bytes.
 FH_API int fh_attend(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,
                      int64_t heads, const void* latent, int64_t latent_row, int64_t latent_dim, int64_t rank,
-                     const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale);
+                     const int64_t* slots, int64_t slots_row, int64_t count, int64_t start, float scale,
+                     int fp8);
 // out [rows, heads, rank + rope] = [nope part · W_UK, rope part]; out is contiguous. up_key: a matrix of `rank` outputs
 // for each head.
 FH_API int fh_absorb(void* context, void* out, const void* query, int64_t query_row, int64_t query_head, int64_t rows,

@@ -14,6 +14,7 @@ using freehold::SelectArgs;
 using freehold::smaller;
 
 constexpr int64_t kLeastKeys = 1024;  // fewer keys are not worth a part of their own
+constexpr int kKeyLeast = -126;       // the scale of a key is a normal fp32 number
 
 // Memory of one row's candidates.
 struct Room {
@@ -168,7 +169,7 @@ void select_spans(Context& c, const SelectSpan* spans, int64_t count, int64_t ou
 void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows) {
   const int64_t heads = args.heads, rank = args.rank;
   const int64_t chunks = (args.count + freehold::kAttendChunk - 1) / freehold::kAttendChunk;
-  const int64_t part = freehold::attend_part(heads, rank), scratch = freehold::attend_scratch(heads);
+  const int64_t part = freehold::attend_part(heads, rank), scratch = freehold::attend_scratch(args);
   const auto finish = [&](int64_t row, const float* whole) {
     c.kernels.finish(out + row * heads * rank, rank, whole, heads, rank);
   };
@@ -202,6 +203,20 @@ void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows) {
   }
 }
 
+namespace {
+
+// values [size] as an FP8 record; size - rank of them stay bf16.
+void write_latent(const Context& c, const bf16* values, int64_t rank, int64_t size, uint8_t* record) {
+  const LatentRecord layout{rank, size - rank};
+  for (int64_t i = 0; i < rank; i += kLatentGroup) {
+    const float scale = c.kernels.quantise(values + i, smaller(kLatentGroup, rank - i), kLatentLeast, record + i);
+    std::memcpy(record + layout.scale(i / kLatentGroup), &scale, 4);
+  }
+  std::memcpy(record + layout.key(), values + rank, size_t(size - rank) * 2);
+}
+
+}  // namespace
+
 void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
   c.prepare(a.size * 4 + 4);
   c.ranges(a.rows, 1, a.size * 8, [&](int64_t begin, int64_t end, int worker) {
@@ -213,11 +228,14 @@ void write_rows(Context& c, const NormArgs& norm, const WriteArgs& a) {
       const RopeArgs rope{values, 0, 0, 1, a.size, a.first, a.dims, a.cos + row * (a.dims / 2),
                           a.sin + row * (a.dims / 2), a.interleaved};
       const int64_t slot = a.slots[row], at = slot * a.cache_row;
-      if (a.scales == nullptr) {
+      if (a.rank > 0) {
+        c.kernels.rope(rope, 0, values + a.size, 0);
+        write_latent(c, values + a.size, a.rank, a.size, static_cast<uint8_t*>(a.cache) + at);
+      } else if (a.scales == nullptr) {
         c.kernels.rope(rope, 0, static_cast<bf16*>(a.cache) + at, 0);
       } else {
         c.kernels.rope(rope, 0, values + a.size, 0);
-        a.scales[slot] = c.kernels.quantise(values + a.size, a.size, static_cast<uint8_t*>(a.cache) + at);
+        a.scales[slot] = c.kernels.quantise(values + a.size, a.size, kKeyLeast, static_cast<uint8_t*>(a.cache) + at);
       }
     }
   });

@@ -21,13 +21,14 @@ void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows);
 
 // cache[slots[r]] = the row's normed values and then the others, `dims` of them from `first` rotated.
 struct WriteArgs {
-  void* cache;  // bf16; FP8 E4M3 if there are scales
-  int64_t cache_row;
-  float* scales;  // null, or one for each slot
+  void* cache;        // bf16; FP8 E4M3 if there are scales; FP8 latent records if there is a rank
+  int64_t cache_row;  // of records: in bytes
+  float* scales;      // null, or one for each slot
   const int64_t* slots;
   int64_t rows, size, first, dims;
   const float *cos, *sin;
   bool interleaved;
+  int64_t rank = 0;  // of FP8 latents, else 0
 };
 void write_rows(Context& c, const NormArgs& norm, const WriteArgs& args);
 

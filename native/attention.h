@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dot.h"
+#include "fp8.h"
 #include "pack.h"
 
 namespace {
@@ -62,6 +63,18 @@ FH_INLINE void mix(const bf16* const* rows, int64_t count_rows, const bf16* p, i
   }
 }
 
+// Prefetches every cache line of a latent. Inlined, because the compiler drops a call that only prefetches.
+template <bool Far>
+FH_INLINE void ask_for_latent(const AttendArgs& a, const char* latent) {
+  const int64_t bytes = a.fp8 ? freehold::LatentRecord{a.rank, a.latent_dim - a.rank}.bytes() : a.latent_dim * 2;
+  // Records start anywhere in a line.
+  const char *line = a.fp8 ? latent - reinterpret_cast<uintptr_t>(latent) % 64 : latent, *const end = latent + bytes;
+  for (; line < end; line += 64) {
+    if constexpr (Far) prefetch_far(line);
+    else prefetch(line);
+  }
+}
+
 // One chunk of one row: maxima, sums and unnormalised outputs of every head.
 void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* scratch) {
   const int64_t heads = a.heads;
@@ -69,22 +82,30 @@ void attend(const AttendArgs& a, int64_t row, int64_t chunk, float* part, char* 
   bf16* p = reinterpret_cast<bf16*>(scores + heads * kAttendChunk);         // [heads][chunk]
   bf16* packed = p + heads * kAttendChunk;                                  // [chunk/2][W][2]
   const bf16** rows = reinterpret_cast<const bf16**>(packed + kAttendChunk * W);
+  bf16* staged = reinterpret_cast<bf16*>(rows + kAttendChunk);  // [chunk][latent_dim], of FP8 latents
   const int64_t first = chunk * kAttendChunk, end = min64(first + kAttendChunk, freehold::attend_count(a, row));
+  const char* latents = static_cast<const char*>(a.latent);
+  const int64_t stride = a.fp8 ? a.latent_stride : a.latent_stride * 2;
   int64_t count = 0;
   for (int64_t k = first; k < end; ++k)
     if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0) {
       // Selected rows lie anywhere: all are asked for at once, before the first is needed.
-      const bf16* latent = a.latent + slot * a.latent_stride;
-      for (int64_t i = 0; i < a.latent_dim; i += 32) prefetch(latent + i);
-      rows[count++] = latent;
+      ask_for_latent<false>(a, latents + slot * stride);
+      rows[count++] = reinterpret_cast<const bf16*>(latents + slot * stride);  // FP8: a record, until it is widened
     }
   // And the next chunk's are on their way while this one is worked on.
   const int64_t next = min64(first + 2 * kAttendChunk, freehold::attend_count(a, row));
   for (int64_t k = first + kAttendChunk; k < next; ++k)
     if (const int64_t slot = a.slots[row * a.slots_row + k]; slot >= 0)
-      for (int64_t i = 0; i < a.latent_dim; i += 32) prefetch_far(a.latent + slot * a.latent_stride + i);
+      ask_for_latent<true>(a, latents + slot * stride);
   const bf16* query = a.query + row * a.query_row;
   for (int64_t k = 0; k < count; k += 4) {
+    const int64_t four = min64(4, count - k);
+    for (int64_t j = 0; a.fp8 && j < four; ++j) {
+      bf16* widened = staged + (k + j) * a.latent_dim;
+      widen_record(reinterpret_cast<const uint8_t*>(rows[k + j]), a.rank, a.latent_dim - a.rank, widened);
+      rows[k + j] = widened;
+    }
     const bf16* w[4];
     for (int j = 0; j < 4; ++j) w[j] = rows[min64(k + j, count - 1)];
     for (int64_t h = 0; h < heads; h += kTileRows) {

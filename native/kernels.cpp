@@ -20,7 +20,7 @@ namespace freehold {
 extern const Kernels FH_JOIN(kernels_, FH_ISA);
 const Kernels FH_JOIN(kernels_, FH_ISA) = {
     FH_TEXT(FH_ISA), W, ::kTile, ::product, ::gated, ::gemm, ::gemm_gated, ::combine, ::accumulate, ::attend, ::merge, ::finish,
-    ::score,         ::keep,  ::quantise, ::norm, ::rope, ::route,
+    ::score,         ::keep,  ::quantise, ::widen_latent, ::norm, ::rope, ::route,
 };
 
 }  // namespace freehold

@@ -34,17 +34,29 @@ struct GatedArgs {
   int64_t rows;
 };
 
+// An FP8 latent in its slot: `rank` bytes of E4M3, an fp32 scale for each kLatentGroup of them (a power of two from
+// 2^kLatentLeast on, or NaN), and the rope key in bf16.
+constexpr int64_t kLatentGroup = 128;
+constexpr int kLatentLeast = -117;  // so that E4M3's least number is a normal bf16 number with it
+struct LatentRecord {
+  int64_t rank, rope;
+  int64_t scale(int64_t group) const { return rank + group * 4; }
+  int64_t key() const { return scale((rank + kLatentGroup - 1) / kLatentGroup); }
+  int64_t bytes() const { return key() + rope * 2; }
+};
+
 // Absorbed attention of rows over chosen slots.
 struct AttendArgs {
   const bf16* query;
   int64_t query_row, query_head;
-  const bf16* latent;
-  int64_t latent_stride;
+  const void* latent;     // bf16, or FP8 records
+  int64_t latent_stride;  // in elements of bf16, or bytes
   const int64_t* slots;
   int64_t slots_row, count;  // slots a row; negative ones are skipped
   int64_t start;             // if not negative, row r takes only its first start + r + 1 slots (causal)
   int64_t heads, latent_dim, rank;
   float scale;
+  bool fp8 = false;  // latents are FP8 records
 };
 inline int64_t attend_count(const AttendArgs& a, int64_t row) {
   return a.start >= 0 && a.start + row + 1 < a.count ? a.start + row + 1 : a.count;
@@ -132,8 +144,11 @@ struct Kernels {
   void (*score)(const SelectArgs&, int64_t row, int64_t rows, int64_t first, int64_t last, Candidates*, char* scratch);
   // Leaves the topk best of the candidates, lowest position first on ties.
   void (*keep)(Candidates&, int64_t topk);
-  // out ← x as FP8 E4M3 times a power of two, which is returned; NaN (and zeros) unless every value is finite.
-  float (*quantise)(const bf16* x, int64_t size, uint8_t* out);
+  // out ← x as FP8 E4M3 times a power of two, which is returned: 2^least at least; NaN (and zeros) unless every value is
+  // finite.
+  float (*quantise)(const bf16* x, int64_t size, int least, uint8_t* out);
+  // out [rank + rope] ← the latent of a record; exact.
+  void (*widen_latent)(const uint8_t* record, int64_t rank, int64_t rope, bf16* out);
   void (*norm)(const NormArgs&, int64_t row, bf16* out);
   void (*rope)(const RopeArgs&, int64_t row, bf16* out, int64_t out_head);
   // One row: scores before the sigmoid are overwritten by those behind it; keys has room for `experts`.
@@ -141,7 +156,9 @@ struct Kernels {
 };
 
 inline int64_t attend_part(int64_t heads, int64_t rank) { return heads * (2 + rank); }
-inline int64_t attend_scratch(int64_t heads) { return kAttendChunk * (heads * 6 + 32 + 8) + 256; }
+inline int64_t attend_scratch(const AttendArgs& a) {
+  return kAttendChunk * (a.heads * 6 + 32 + 8 + (a.fp8 ? a.latent_dim * 2 : 0)) + 256;
+}
 
 // Bytes of two panels in bf16 with their scales in fp32.
 inline int64_t gemm_room(int64_t inner, int64_t group) {

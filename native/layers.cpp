@@ -112,7 +112,12 @@ struct Runner {
     each_row(s.hidden, [&](int64_t row) { c.kernels.accumulate(into + row * s.hidden, x + row * s.hidden, s.hidden); });
   }
 
-  void attention(const LayerWeights& w, bf16* latent, void* keys, float* scales) {
+  // From one latent to the next: values, or bytes of records in FP8.
+  int64_t latent_row() const {
+    return step.fp8_latents != 0 ? LatentRecord{s.rank, s.rope}.bytes() : s.rank + s.rope;
+  }
+
+  void attention(const LayerWeights& w, void* latent, void* keys, float* scales) {
     const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
     norm(room.x, step.hidden, s.hidden, w.input_norm, s.eps);
     c.clock.mark(Part::kNorms);
@@ -127,8 +132,9 @@ struct Runner {
     if (w.index_key != nullptr) select_slots(keys, scales);
     const int64_t head = s.nope + s.rope;
     absorb(c, room.absorbed, room.query, s.heads * head, head, rows, s.heads, s.rope, *w.up_key);
-    const AttendArgs args{room.absorbed, s.heads * latent_dim, latent_dim, latent, latent_dim, step.selection,
-                          step.width, step.width, -1, s.heads, latent_dim, s.rank, float(s.attention_scale)};
+    const AttendArgs args{room.absorbed, s.heads * latent_dim, latent_dim, latent, latent_row(), step.selection,
+                          step.width, step.width, -1, s.heads, latent_dim, s.rank, float(s.attention_scale),
+                          step.fp8_latents != 0};
     attend(c, args, room.mixed, rows);
     unabsorb(c, room.values, room.mixed, rows, s.heads, *w.up_value);
     c.clock.mark(Part::kAttend);
@@ -136,11 +142,11 @@ struct Runner {
     add(step.hidden, room.y);
   }
 
-  void write_entries(const LayerWeights& w, bf16* latent, void* keys, float* scales) const {
+  void write_entries(const LayerWeights& w, void* latent, void* keys, float* scales) const {
     const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
     const NormArgs latent_norm{room.compressed, latent_dim, w.latent_norm, nullptr, s.rank, float(s.latent_eps)};
-    write_rows(c, latent_norm, {latent, latent_dim, nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
-                                step.sin, s.interleaved != 0});
+    write_rows(c, latent_norm, {latent, latent_row(), nullptr, step.slots, rows, latent_dim, s.rank, s.rope, step.cos,
+                                step.sin, s.interleaved != 0, step.fp8_latents != 0 ? s.rank : 0});
     if (w.index_key != nullptr) {
       const NormArgs key_norm{room.index_key, s.index_dim, w.index_norm, w.index_norm_bias, s.index_dim,
                               float(s.index_eps)};

@@ -42,11 +42,12 @@ struct LayerStep {
   const int64_t* slots;    // of each row's cache entries; null: rows that attend and leave none
   const StepSpan* spans;
   int64_t span_count, block_size;
-  bf16* const* latents;  // of each layer: [slots, rank + rope]
+  void* const* latents;  // of each layer: [slots, rank + rope] in bf16, or FP8 records
   void* const* keys;     // of each layer: [slots, index_dim], bf16 or FP8; null on shared layers
   float* const* scales;  // of each layer: one for each slot where its keys are FP8, else null
   int64_t* selection;    // [rows, width]: the slots each row attends to; from one layer to the next
   int64_t width;
+  int64_t fp8_latents;  // not 0: latents are FP8 records, one behind the other
 };
 
 struct Context;

@@ -1,14 +1,15 @@
 """Random schedules over the real model, runner and paged cache never change what a request generates.
 
 `test_schedule.py` plays many more schedules, with a hash for a model; here the block tables, the cache and the
-selection of the nano model in fp32 are the real ones. Seeds rather than strategies: a schedule costs a second, too
-much to shrink.
+selection of the nano model in fp32 are the real ones, the caches as computed or in 8 bits. Seeds rather than
+strategies: a schedule costs a second, too much to shrink.
 """
 
 from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from freehold.types import FinishReason, SamplingParams
 SCHEDULES = 400 if settings().max_examples >= 1000 else 40
 FAULTY_SCHEDULES = 40
 NEW_TOKENS = (8, 16)
+Stored = Literal["auto", "fp8"]
 WORDS = 400  # token ids below every special token of the nano vocabulary
 
 
@@ -55,11 +57,13 @@ def model() -> Glm:
     return glm
 
 
-def new_engine(*, blocks: int, block_size: int, seqs: int, budget: int, builder: type[BatchBuilder]) -> Engine:
+def new_engine(
+    *, blocks: int, block_size: int, seqs: int, budget: int, builder: type[BatchBuilder], stored: Stored
+) -> Engine:
     config = model().config
     runner = ModelRunner(
         model(),
-        PagedCache(config, blocks, block_size, torch.float32),
+        PagedCache(config, blocks, block_size, torch.float32, index_cache=stored, latent_cache=stored),
         Sampler(config.vocab_size, config.eos_token_ids, None),
     )
     runner.batches = builder(block_size)
@@ -78,9 +82,9 @@ def new_engine(*, blocks: int, block_size: int, seqs: int, budget: int, builder:
 
 
 @cache
-def alone(prompt: tuple[int, ...]) -> tuple[int, ...]:
+def alone(prompt: tuple[int, ...], stored: Stored) -> tuple[int, ...]:
     """The most tokens a request generates on a fresh engine; of a shorter one they are the beginning."""
-    engine = new_engine(blocks=16, block_size=16, seqs=1, budget=256, builder=BatchBuilder)
+    engine = new_engine(blocks=16, block_size=16, seqs=1, budget=256, builder=BatchBuilder, stored=stored)
     engine.add(Request("alone", prompt, SamplingParams(max_tokens=NEW_TOKENS[1], temperature=0.0, ignore_eos=True)))
     tokens: tuple[int, ...] = ()
     while engine.has_work:
@@ -101,13 +105,18 @@ def prompts() -> tuple[tuple[int, ...], ...]:
     return tuple(made)
 
 
-def play(seed: int, builder: type[BatchBuilder] = BatchBuilder) -> Engine:
+def play(seed: int, builder: type[BatchBuilder] = BatchBuilder, stored: Stored = "auto") -> Engine:
     """One random schedule: every output is compared, and nothing may leak."""
     draw = random.Random(seed)
     block_size = draw.choice([4, 8])
     blocks = -(-draw.randint(80, 140) // block_size)  # one request always fits (76 tokens), three rarely do
     engine = new_engine(
-        blocks=blocks, block_size=block_size, seqs=draw.randint(2, 4), budget=draw.randint(8, 64), builder=builder
+        blocks=blocks,
+        block_size=block_size,
+        seqs=draw.randint(2, 4),
+        budget=draw.randint(8, 64),
+        builder=builder,
+        stored=stored,
     )
     asked: dict[str, tuple[tuple[int, ...], int]] = {}
     tokens: dict[str, tuple[int, ...]] = {}
@@ -135,7 +144,7 @@ def play(seed: int, builder: type[BatchBuilder] = BatchBuilder) -> Engine:
         engine.check_integrity()
     assert ends.keys() == asked.keys(), "the schedule does not end"
     for name, (prompt, count) in asked.items():
-        expected = alone(prompt)[:count]
+        expected = alone(prompt, stored)[:count]
         if ends[name] is FinishReason.ABORT:
             expected = expected[: len(tokens[name])]
         assert tokens[name] == expected, f"seed {seed}, {name}"
@@ -158,6 +167,13 @@ def test_a_schedule_changes_nothing_on_the_real_model() -> None:
         hits += stats.prefix_hits
     assert preemptions > SCHEDULES // 4, "too few preemptions to say anything"
     assert hits > SCHEDULES * 10, "too few prefix hits to say anything"
+
+
+def test_nor_with_8_bit_caches() -> None:
+    """A row attends to what was stored of the rows beside it, so that chunks do not show."""
+    for seed in range(SCHEDULES // 4):
+        play(seed, stored="fp8")
+    assert alone(prompts()[0], "fp8") != alone(prompts()[0], "auto"), "8-bit caches were not used"
 
 
 def test_a_block_table_that_is_out_of_date_is_caught() -> None:

@@ -33,6 +33,7 @@ TORCH = {
     "freehold.model.index_keys",
     "freehold.model.indexer",
     "freehold.model.inputs",
+    "freehold.model.latents",
     "freehold.model.layers",
     "freehold.model.mla",
     "freehold.model.moe",

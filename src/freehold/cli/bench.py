@@ -1,4 +1,4 @@
-"""`freehold bench engine DIR`: where an engine's time goes, part by part, beside the roofline."""
+"""`freehold bench`: where an engine's time goes, beside the roofline; what 8-bit caches do to a model's predictions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from freehold.cli.cache_as import IndexCacheOption, LatentCacheOption, Stored
+from freehold.cli.compared import print_comparison, read_text
 from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
@@ -21,14 +23,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from freehold.engine.bench.report import BenchReport, Scenario
+    from freehold.model.packing import Quantize
     from freehold.model.tokenizer import Tokenizer
 
 
+_CONTEXT, _BATCH, _PREFILL, _SAMPLES = "128,4096", "1", "512", 30
+_DEFAULTS = (_CONTEXT, _BATCH, _PREFILL, _SAMPLES, Stored.AUTO, Stored.AUTO)
 _STEADY = 0.2  # of the median: a wider spread of the middle half of the samples is said
 
 
 class Subject(StrEnum):
     ENGINE = "engine"
+    CACHES = "caches"
 
 
 _NAMES = {
@@ -52,16 +58,32 @@ _NAMES = {
 def bench(
     what: Annotated[Subject, typer.Argument(help="What to measure.", show_default=False)],
     directory: Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)],
-    context: Annotated[str, typer.Option(help="Decode at these contexts; '' for none.")] = "128,4096",
-    batch: Annotated[str, typer.Option(help="Decode with so many requests at a time.")] = "1",
-    prefill: Annotated[str, typer.Option(help="Compute prompts of these lengths; '' for none.")] = "512",
-    samples: Annotated[int, typer.Option(help="Steps measured for each figure.", min=3, max=10_000)] = 30,
+    context: Annotated[str, typer.Option(help="Decode at these contexts; '' for none.")] = _CONTEXT,
+    batch: Annotated[str, typer.Option(help="Decode with so many requests at a time.")] = _BATCH,
+    prefill: Annotated[str, typer.Option(help="Compute prompts of these lengths; '' for none.")] = _PREFILL,
+    samples: Annotated[int, typer.Option(help="Steps measured for each figure.", min=3, max=10_000)] = _SAMPLES,
     quantize: QuantizeAs = None,
+    index_cache: IndexCacheOption = Stored.AUTO,
+    latent_cache: LatentCacheOption = Stored.AUTO,
+    text: Annotated[
+        Path | None, typer.Option(help="caches: compare predictions on this text file.", show_default=False)
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure where an engine's time goes, beside the roofline."""
+    """Measure where an engine's time goes, or what 8-bit caches cost in quality."""
     from rich.console import Console
+
+    scheme: Quantize | None = None if quantize is None else quantize.value
+    if what is Subject.CACHES:
+        if (context, batch, prefill, samples, index_cache, latent_cache) != _DEFAULTS:
+            raise InvalidRequest(
+                "bench caches runs a text with every format of the caches: of the options it takes --text, "
+                "--quantize, --threads and --json"
+            )
+        return _caches(directory, text, scheme, threads, as_json)
+    if text is not None:
+        raise InvalidRequest("--text is for bench caches", param="text")
 
     from freehold.cli.progress import byte_progress
     from freehold.engine.bench.run import BenchOptions, bench_engine
@@ -72,7 +94,9 @@ def bench(
         prefills=parse_sizes("prefill", prefill),
         samples=samples,
         threads=threads,
-        quantize=None if quantize is None else quantize.value,
+        quantize=scheme,
+        index_cache=index_cache.value,
+        latent_cache=latent_cache.value,
     )
     say = _say if sys.stderr.isatty() else lambda text: None
     with byte_progress(f"loading {directory.name}") as progress:
@@ -81,6 +105,28 @@ def bench(
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         _print(report, Console(highlight=False))
+
+
+def _caches(directory: Path, file: Path | None, scheme: Quantize | None, threads: int | None, as_json: bool) -> None:
+    """Compare the predictions with each way of storing the caches."""
+    from rich.console import Console
+
+    from freehold.cli.progress import count_progress
+    from freehold.engine.compare import compare_caches
+    from freehold.engine.loading import EngineOptions
+
+    if file is None:
+        raise InvalidRequest("bench caches needs a text to run: give --text FILE", param="text")
+    text, console = read_text(file, "text"), Console(highlight=False)
+    with count_progress("comparing", "tokens") as progress:
+        compared = compare_caches(directory, text, EngineOptions(quantize=scheme, threads=threads), progress=progress)
+    if as_json:
+        typer.echo(json.dumps({"caches": [each.as_dict() for each in compared]}, indent=2))
+        return
+    for each in compared:
+        print_comparison(each.comparison, console)
+        share = each.bytes_per_token / each.bytes_as_computed
+        console.print(f"{each.bytes_per_token:,} bytes a token, {share:.1%} of {each.bytes_as_computed:,}.\n")
 
 
 def parse_sizes(name: str, text: str) -> tuple[int, ...]:
@@ -108,8 +154,8 @@ def _print(report: BenchReport, console: Console) -> None:
     kernels = f"{report.ops} ({report.isa})" if report.isa else report.ops
     formats = sorted(set(report.formats.values()))
     console.print(
-        f"[bold]{escape(report.model)}[/bold]: {report.dtype}, weights in {', '.join(formats)}, {kernels} operations, "
-        f"{report.threads} threads"
+        f"[bold]{escape(report.model)}[/bold]: {report.dtype}, weights in {', '.join(formats)}, latents in "
+        f"{report.latent}, index keys in {report.index}, {kernels} operations, {report.threads} threads"
     )
     console.print(
         f"{escape(report.cpu)}: reads {ceilings.bytes_per_second / 1e9:.1f} GB/s from memory, multiplies matrices at "

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from freehold.cli.compared import print_comparison, read_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -40,7 +42,7 @@ def quantize(
 
     if scheme is None and compare is None:
         raise InvalidRequest("give --scheme int8, int4 or fp8 to write OUT, --compare TEXT to compare it, or both")
-    text = None if compare is None else _read_text(compare)
+    text = None if compare is None else read_text(compare, "compare")
     console = Console(highlight=False)
     result: dict[str, Any] = {}
     if scheme is not None:
@@ -52,19 +54,9 @@ def quantize(
         comparison = _compare(source, out, text)
         result["compared"] = comparison.as_dict()
         if not as_json:
-            _print_comparison(comparison, console)
+            print_comparison(comparison, console)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
-
-
-def _read_text(file: Path) -> str:
-    from freehold.errors import InvalidRequest
-
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InvalidRequest(f"{file}: cannot be read: {reason}", param="compare") from None
 
 
 def _write(source: Path, out: Path, scheme: Literal["int8", "int4", "fp8"]) -> QuantizationReport:
@@ -114,32 +106,3 @@ def _print_report(report: QuantizationReport, out: Path, console: Console) -> No
         figures = f"{error.relative_rms:.3%}, largest {error.max_abs:.2e}, cosine {error.cosine:.6f}"
         console.print(f"  {escape(error.name)}  {figures}", soft_wrap=True)
     console.print(f"All of them: {escape(str(out / REPORT_NAME))}", soft_wrap=True)
-
-
-def _print_comparison(comparison: Comparison, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    title = (
-        f"{escape(comparison.other)} against {escape(comparison.original)}: {comparison.tokens:,} tokens, "
-        f"{comparison.windows} window{'s' if comparison.windows > 1 else ''}"
-    )
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("positions", "count", "KL mean", "median", "p99", "same top 1", "perplexity", "change"):
-        table.add_column(heading, justify="left" if heading == "positions" else "right", no_wrap=True)
-    for bucket in (*comparison.buckets, comparison.total):
-        name = "all"
-        if bucket is not comparison.total:
-            name = f"{bucket.start:,} and on" if bucket.stop is None else f"{bucket.start:,} to {bucket.stop - 1:,}"
-        table.add_row(
-            name,
-            f"{bucket.positions:,}",
-            f"{bucket.kl_mean:.2e}",
-            f"{bucket.kl_median:.2e}",
-            f"{bucket.kl_p99:.2e}",
-            f"{bucket.top1:.2%}",
-            f"{bucket.perplexity:.4g}",
-            f"{bucket.perplexity_change:+.2%}",
-        )
-    console.print(table)
-    console.print(f"KL in nats. From position {comparison.index_topk:,} on, attention is sparse.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freehold.cli.cache_as import IndexCacheOption, LatentCacheOption, Stored
 from freehold.cli.draft_tokens import DraftTokens
 from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
@@ -28,11 +29,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-class IndexCache(StrEnum):
-    AUTO = "auto"
-    FP8 = "fp8"
-
-
 class Profile(StrEnum):
     AUTO = "auto"
     GLM_5_2 = "glm-5.2"
@@ -44,9 +40,6 @@ ModelNames = Annotated[
     typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
 ]
 SaltPerKey = Annotated[bool, typer.Option("--salt-per-key", help="Do not share the prefix cache between API keys.")]
-IndexCacheOption = Annotated[
-    IndexCache, typer.Option("--index-cache", help="How the indexer's keys are stored: as computed, or in 8 bits.")
-]
 Verify = Annotated[bool, typer.Option("--verify", help="Check SHA256SUMS before loading; reads every byte once more.")]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)]
 Sim = Annotated[bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")]
@@ -59,7 +52,7 @@ Faults = Annotated[
     ),
 ]
 
-_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --draft-tokens, --quantize and --verify"
+_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --latent-cache, --draft-tokens, --quantize and --verify"
 
 
 def serve(
@@ -84,7 +77,8 @@ def serve(
     cache_bytes: Annotated[
         str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
     ] = None,
-    index_cache: IndexCacheOption = IndexCache.AUTO,
+    index_cache: IndexCacheOption = Stored.AUTO,
+    latent_cache: LatentCacheOption = Stored.AUTO,
     draft_tokens: DraftTokens = None,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
@@ -105,7 +99,8 @@ def serve(
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
-    for_model = verify or quantize or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
+    as_computed = index_cache is latent_cache is Stored.AUTO
+    for_model = verify or quantize or dtype is not Dtype.AUTO or not as_computed
     if sim and (for_model or (cache_bytes, threads, draft_tokens) != (None, None, None)):
         raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -124,7 +119,8 @@ def serve(
         if directory is None:
             engine, tokenizer = _sim_engine(limits, sim_prefill_ms, sim_itl_ms, sim_drafts, sim_fault or [])
         else:
-            settings = {"dtype": dtype.value, "threads": threads, "verify": verify, "index_cache": index_cache.value}
+            settings = {"dtype": dtype.value, "threads": threads, "verify": verify}
+            settings |= {"index_cache": index_cache.value, "latent_cache": latent_cache.value}
             settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
             engine, tokenizer = _load(directory, limits | settings | {"num_draft_tokens": draft_tokens})
         sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)

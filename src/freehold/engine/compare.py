@@ -1,6 +1,7 @@
-"""What quantising did to a model's predictions: two checkpoints with one tokenizer, on the same text.
+"""What quantising did to a model's predictions, on given text: of two checkpoints with one tokenizer, or of one
+checkpoint with its caches stored in 8 bits.
 
-Both run through the engine's own model code (chunked prefill, paged cache, the operations that serving uses), one after
+All run through the engine's own model code (chunked prefill, paged cache, the operations that serving uses), one after
 the other, so that one model is in memory at a time. The logits of the first wait on disk in a temporary file, in the
 dtype the model made them in; nothing is lost by that. The text is cut into windows that each start at position 0.
 
@@ -18,7 +19,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from freehold.engine.loading import EngineOptions, load_model
 from freehold.errors import CheckpointError, ConfigError, DiskFull, EngineError, InvalidRequest
-from freehold.model.cache import PagedCache
+from freehold.model.cache import IndexCache, LatentCache, PagedCache, cache_bytes_per_token, cache_formats
+from freehold.model.cache_layout import IndexFormat, LatentFormat
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inputs import single_sequence
@@ -40,9 +42,12 @@ _BLOCK = 64  # tokens of a cache block
 _LEAST_TOKENS = 16
 
 Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all), both models counted."""
+"""Called with (tokens done, tokens in all), every run counted."""
 Windows: TypeAlias = Sequence[Sequence[int]]
 Ran: TypeAlias = Callable[[int], None]
+
+CACHES: tuple[tuple[LatentCache, IndexCache], ...] = (("auto", "fp8"), ("fp8", "auto"), ("fp8", "fp8"))
+"""How caches may be stored, other than as computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,21 @@ class Comparison:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheComparison:
+    """One way to store the caches against storing them as computed. bytes_*: of a token in all layers' caches."""
+
+    latent: LatentFormat
+    index: IndexFormat
+    bytes_per_token: int
+    bytes_as_computed: int
+    comparison: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
 def compare_checkpoints(
     original: str | Path, other: str | Path, text: str, *, progress: Progress | None = None
 ) -> Comparison:
@@ -98,31 +118,78 @@ def compare_checkpoints(
     tokens = Tokenizer.from_dir(first).encode(text, special=False)
     if config.vocab_size != other_config.vocab_size or Tokenizer.from_dir(second).encode(text, special=False) != tokens:
         raise ConfigError(f"{second}: its tokenizer is not that of {first}; their predictions cannot be compared")
+    windows, options = _windows(tokens, config), EngineOptions()
+    ran = _counter(2, windows, progress)
+    with tempfile.TemporaryFile(prefix="freehold-logits-") as file, torch.inference_mode():
+        dtype = _store(load_model(first, config, options), options, windows, file, ran)
+        gc.collect()  # modules refer to one another: without this, the first model would stay while the second loads
+        found = _against(load_model(second, other_config, options), options, windows, file, dtype, ran)
+    return _compared(first.resolve().name, second.resolve().name, config, windows, found)
+
+
+def compare_caches(
+    directory: str | Path, text: str, options: EngineOptions | None = None, *, progress: Progress | None = None
+) -> tuple[CacheComparison, ...]:
+    """Compare a checkpoint's predictions with its caches stored as each of CACHES with those as computed, on a text.
+
+    Raises as `compare_checkpoints` does, and ConfigError if the model's sizes do not fit into 8-bit caches.
+    """
+    directory, options = Path(directory), options or EngineOptions()
+    config = GlmConfig.from_file(directory)
+    windows = _windows(Tokenizer.from_dir(directory).encode(text, special=False), config)
+    ran = _counter(1 + len(CACHES), windows, progress)
+    compared = []
+    with tempfile.TemporaryFile(prefix="freehold-logits-") as file, torch.inference_mode():
+        plain = replace(options, latent_cache="auto", index_cache="auto")
+        model = load_model(directory, config, plain)
+        stored = _store(model, plain, windows, file, ran)
+        names = cache_formats(model.dtype)
+        for latent_cache, index_cache in CACHES:
+            other = replace(options, latent_cache=latent_cache, index_cache=index_cache)
+            found = _against(model, other, windows, file, stored, ran)
+            latent, index = cache_formats(model.dtype, index_cache, latent_cache)
+            comparison = _compared(_name(*names), _name(latent, index), config, windows, found)
+            per_token = cache_bytes_per_token(config, model.dtype, index_cache, latent_cache)
+            as_computed = cache_bytes_per_token(config, model.dtype)
+            compared.append(CacheComparison(latent, index, per_token, as_computed, comparison))
+    return tuple(compared)
+
+
+def _name(latent: LatentFormat, index: IndexFormat) -> str:
+    return f"{latent} latents and {index} index keys"
+
+
+def _windows(tokens: Sequence[int], config: GlmConfig) -> Windows:
+    """The text in windows. Raises InvalidRequest if it is too short."""
     if len(tokens) < _LEAST_TOKENS:
         raise InvalidRequest(f"the text has {len(tokens)} tokens; a comparison needs {_LEAST_TOKENS} at least")
     length = min(_WINDOW * config.index_topk, config.max_position_embeddings)
     windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    windows = [window for window in windows if len(window) > 1]
-    total_tokens = 2 * sum(map(len, windows))
+    return [window for window in windows if len(window) > 1]
+
+
+def _counter(runs: int, windows: Windows, progress: Progress | None) -> Ran:
+    """To be called with each number of tokens that one of the runs has done."""
+    total = runs * sum(map(len, windows))
     done = 0
 
     def ran(count: int) -> None:
         nonlocal done
         done += count
         if progress is not None:
-            progress(done, total_tokens)
+            progress(done, total)
 
-    with tempfile.TemporaryFile(prefix="freehold-logits-") as file, torch.inference_mode():
-        dtype = _store(first, config, windows, file, ran)
-        file.seek(0)
-        found = _against(second, other_config, windows, file, dtype, ran)
+    return ran
+
+
+def _compared(original: str, other: str, config: GlmConfig, windows: Windows, found: _Found) -> Comparison:
     buckets = [(0, config.index_topk), (config.index_topk, 2 * config.index_topk), (2 * config.index_topk, None)]
     reached = tuple(bucket for span in buckets if (bucket := _bucket(found, *span)) is not None)
     total = _bucket(found, 0, None)
     assert total is not None  # there is a window of two tokens
     return Comparison(
-        original=first.resolve().name,
-        other=second.resolve().name,
+        original=original,
+        other=other,
         tokens=sum(map(len, windows)),
         windows=len(windows),
         index_topk=config.index_topk,
@@ -142,16 +209,15 @@ class _Found:
     loss_other: Tensor
 
 
-def _store(path: Path, config: GlmConfig, windows: Windows, file: IO[bytes], ran: Ran) -> torch.dtype:
-    """Write the logits of all windows; returns their dtype. The model is gone when it returns."""
-    model = load_model(path, config, EngineOptions())
-    needed = sum(len(window) - 1 for window in windows) * config.vocab_size * model.dtype.itemsize
+def _store(model: Glm, options: EngineOptions, windows: Windows, file: IO[bytes], ran: Ran) -> torch.dtype:
+    """Write the logits of all windows; returns their dtype."""
+    needed = sum(len(window) - 1 for window in windows) * model.config.vocab_size * model.dtype.itemsize
     where, free = tempfile.gettempdir(), shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:
         raise DiskFull(f"{where}: the logits take {needed:,} bytes, but {free:,} are free; set TMPDIR or cut the text")
     try:
         for window in windows:
-            for _, logits_RV in _logits(model, window, ran):
+            for _, logits_RV in _logits(model, options, window, ran):
                 file.write(logits_RV.contiguous().view(torch.uint8).numpy().data)
         file.flush()
     except OSError as error:
@@ -161,13 +227,15 @@ def _store(path: Path, config: GlmConfig, windows: Windows, file: IO[bytes], ran
     return model.dtype
 
 
-def _against(path: Path, config: GlmConfig, windows: Windows, file: IO[bytes], stored: torch.dtype, ran: Ran) -> _Found:
-    gc.collect()  # modules refer to one another: without this, the first model would stay while the second loads
-    model = load_model(path, config, EngineOptions())
+def _against(
+    model: Glm, options: EngineOptions, windows: Windows, file: IO[bytes], stored: torch.dtype, ran: Ran
+) -> _Found:
+    """What this model predicts, beside the logits in the file."""
+    file.seek(0)
     parts: list[_Found] = []
     for window in windows:
         following = torch.tensor(window[1:])
-        for start, logits_RV in _logits(model, window, ran):
+        for start, logits_RV in _logits(model, options, window, ran):
             rows, vocab = logits_RV.shape
             raw = bytearray(file.read(rows * vocab * stored.itemsize))
             before_RV = torch.frombuffer(raw, dtype=stored).view(rows, vocab)
@@ -185,9 +253,16 @@ def _against(path: Path, config: GlmConfig, windows: Windows, file: IO[bytes], s
     return _Found(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(_Found)))
 
 
-def _logits(model: Glm, window: Sequence[int], ran: Ran) -> Iterator[tuple[int, Tensor]]:
+def _logits(model: Glm, options: EngineOptions, window: Sequence[int], ran: Ran) -> Iterator[tuple[int, Tensor]]:
     """(first position, logits [R, V]) of every position that predicts another token of the window."""
-    cache = PagedCache(model.config, -(-len(window) // _BLOCK), _BLOCK, model.dtype)
+    cache = PagedCache(
+        model.config,
+        -(-len(window) // _BLOCK),
+        _BLOCK,
+        model.dtype,
+        index_cache=options.index_cache,
+        latent_cache=options.latent_cache,
+    )
     for start in range(0, len(window), _CHUNK):
         chunk = window[start : start + _CHUNK]
         hidden_TH = model(single_sequence(chunk, start=start, block_size=_BLOCK), cache)

@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 
 from freehold.errors import ConfigError
-from freehold.model.cache_layout import index_key_bytes
+from freehold.model.cache_layout import IndexFormat, LatentFormat, index_key_bytes, latent_bytes
 from freehold.model.config import GlmConfig
 from freehold.model.index_keys import FP8_GROUP, Fp8Keys, IndexKeys
+from freehold.model.latents import Fp8Latents, Latents
 
 IndexCache = Literal["auto", "fp8"]
 """How index keys are stored: in the model's dtype, or as FP8 E4M3 with one scale a token."""
 
+LatentCache = Literal["auto", "fp8"]
+"""How latents are stored: in the model's dtype, or as FP8 E4M3 with a scale for each 128 values and the rope key in
+bf16."""
+
+_DTYPES: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _HUGE = 1 << 21  # bytes of a huge page on x86-64
 
 
@@ -37,18 +43,35 @@ def index_cached_layers(config: GlmConfig) -> tuple[int, ...]:
     return (*config.full_layers, *mtp)
 
 
-def cache_bytes_per_token(config: GlmConfig, dtype: torch.dtype, index_cache: IndexCache = "auto") -> int:
+def cache_formats(
+    dtype: torch.dtype, index_cache: IndexCache = "auto", latent_cache: LatentCache = "auto"
+) -> tuple[LatentFormat, IndexFormat]:
+    """The formats of latents and index keys as `cache_layout` names them. Raises ConfigError for another dtype."""
+    if dtype not in _DTYPES:
+        raise ConfigError(f"there is no cache of {dtype}")
+    return (
+        "fp8_ds_mla" if latent_cache == "fp8" else _DTYPES[dtype],
+        "fp8" if index_cache == "fp8" else _DTYPES[dtype],
+    )
+
+
+def cache_bytes_per_token(
+    config: GlmConfig, dtype: torch.dtype, index_cache: IndexCache = "auto", latent_cache: LatentCache = "auto"
+) -> int:
     """Bytes one token takes in all layers' caches."""
-    key = index_key_bytes(config, "fp8") if index_cache == "fp8" else config.index_head_dim * dtype.itemsize
-    return cached_layers(config) * config.latent_dim * dtype.itemsize + len(index_cached_layers(config)) * key
+    latent, index = cache_formats(dtype, index_cache, latent_cache)
+    keys = len(index_cached_layers(config)) * index_key_bytes(config, index)
+    return cached_layers(config) * latent_bytes(config, latent) + keys
 
 
 class PagedCache:
     """Tensors of the caches of every layer.
 
-    latent[layer]: [S, L], the normed latent followed by the roped shared key (interleaved pairs stay in place).
+    latent[layer]: [S, L], the normed latent followed by the roped shared key (interleaved pairs stay in place), or the
+    same in 8 bits (latent_cache "fp8").
     index[layer]: [S, D] for full layers, or the same in 8 bits (index_cache "fp8"), None for shared ones.
-    Raises ConfigError for fp8 with a key of more values than one scale covers.
+    Raises ConfigError for sizes that fp8 does not take: a key of more values than one scale covers, or a latent whose
+    rank is not a multiple of 4.
     """
 
     def __init__(
@@ -59,6 +82,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         index_cache: IndexCache = "auto",
+        latent_cache: LatentCache = "auto",
     ) -> None:
         width = config.index_head_dim
         if index_cache == "fp8" and width > FP8_GROUP:
@@ -74,13 +98,21 @@ class PagedCache:
                 return Fp8Keys(values, _uninitialised((slots,), torch.float32, device))
             return _uninitialised((slots, width), dtype, device)
 
+        def latents() -> Latents:
+            if latent_cache == "fp8":
+                rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+                records = _uninitialised((slots, Fp8Latents.record_bytes(rank, rope)), torch.uint8, device)
+                return Fp8Latents(records, rank, rope)
+            return _uninitialised((slots, config.latent_dim), dtype, device)
+
         layers = range(cached_layers(config))
-        self.latent: list[Tensor] = [_uninitialised((slots, config.latent_dim), dtype, device) for _ in layers]
+        self.latent: list[Latents] = [latents() for _ in layers]
         self.index: list[IndexKeys | None] = [keys() if layer in owners else None for layer in layers]
 
     def blank(self, layer: int, slots_T: Tensor) -> None:
         """Zeros in the given slots of one layer's caches, as if of a token that nothing attends to in particular."""
-        self.latent[layer][slots_T] = 0
+        latents = self.latent[layer]
+        (latents.records_SB if isinstance(latents, Fp8Latents) else latents)[slots_T] = 0
         keys = self.index[layer]
         if isinstance(keys, Fp8Keys):
             keys.values_SD[slots_T], keys.scales_S[slots_T] = 0, 0.0

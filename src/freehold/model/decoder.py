@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from freehold.model.config import GlmConfig
 from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput
+from freehold.model.latents import Latents
 from freehold.model.layers import MLP, Norm
 from freehold.model.mla import LatentAttention, Plan
 from freehold.model.moe import MoE
@@ -39,7 +40,7 @@ class DecoderLayer(nn.Module):
         inputs: ForwardInput,
         plan: Plan,
         rope: tuple[Tensor, Tensor],
-        latent_SL: Tensor,
+        latent_SL: Latents,
         keys_SD: IndexKeys | None,
         slots_RK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:

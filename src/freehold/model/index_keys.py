@@ -34,6 +34,11 @@ class Fp8Keys:
     def nbytes(self) -> int:
         return self.values_SD.nbytes + self.scales_S.nbytes
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(slots, values of a key)."""
+        return self.values_SD.shape[0], self.values_SD.shape[1]
+
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """(values, scales) of some slots, values as fp32."""
         return self.values_SD[slots].view(torch.float8_e4m3fn).float(), self.scales_S[slots]
@@ -47,17 +52,17 @@ IndexKeys = Tensor | Fp8Keys
 """The index-key cache of one full layer: [S, D] as they are, or in 8 bits."""
 
 
-def quantise(key_TD: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(key_TD: Tensor, least_exponent: int = _LEAST_EXPONENT) -> tuple[Tensor, Tensor]:
     """(bytes uint8 [T, D], scales fp32 [T]): scale = 2^ceil(log2(amax / 448)), 1 for zeros, NaN unless all is finite.
 
-    Exact in the scale, which is found from the exponent (448 is 0.875 · 2^9), and at least 2^-126; values are rounded
-    to nearest, to even on ties.
+    Exact in the scale, which is found from the exponent (448 is 0.875 · 2^9), and at least 2^least_exponent; values are
+    rounded to nearest, to even on ties.
     """
     key = key_TD.float()
     most_T = key.abs().amax(-1)
     finite_T = most_T.isfinite()
     mantissa, exponent = torch.frexp(torch.where(finite_T, most_T, 1.0))  # in [0.5, 1)
-    exponent = (exponent - 9 + (mantissa > 0.875)).clamp(min=_LEAST_EXPONENT)
+    exponent = (exponent - 9 + (mantissa > 0.875)).clamp(min=least_exponent)
     one = torch.ones_like(most_T)
     scale_T = torch.where(most_T == 0, one, torch.ldexp(one, exponent))
     scaled = torch.where(finite_T[:, None], key / scale_T[:, None], 0.0)

@@ -263,11 +263,14 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def _caches(config: GlmConfig) -> tuple[CacheRow, ...]:
-    """Freehold's own pairs (fp32, bf16), then those of GPU engines, whose index keys are FP8."""
+    """Every pair that Freehold's engine can have, then those that only GPU engines have."""
     pairs: tuple[tuple[LatentFormat, IndexFormat], ...] = (
         ("fp32", "fp32"),
+        ("fp32", "fp8"),
         ("bf16", "bf16"),
         ("bf16", "fp8"),
+        ("fp8_ds_mla", "fp32"),
+        ("fp8_ds_mla", "bf16"),
         ("fp8_ds_mla", "fp8"),
         ("fp8", "fp8"),
         ("nvfp4_ds_mla", "fp8"),

@@ -20,6 +20,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.index_keys import IndexKeys
 from freehold.model.indexer import Indexer
 from freehold.model.inputs import ForwardInput, Span
+from freehold.model.latents import Latents
 from freehold.model.layers import Linear, Norm
 from freehold.model.ops.interface import Ops
 from freehold.model.packed import PackedHeads
@@ -101,7 +102,7 @@ class LatentAttention(nn.Module):
         plan: Plan,
         cos: Tensor,
         sin: Tensor,
-        latent_SL: Tensor,
+        latent_SL: Latents,
         keys_SD: IndexKeys | None,
         slots_RK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +123,7 @@ class LatentAttention(nn.Module):
         return ops.linear(out_TNO.flatten(1), self.o_proj.weight, self.o_proj.bias), slots_RK
 
     def attend_given(
-        self, ops: Ops, x_RH: Tensor, cos: Tensor, sin: Tensor, latent_SL: Tensor, slots_RK: Tensor
+        self, ops: Ops, x_RH: Tensor, cos: Tensor, sin: Tensor, latent_SL: Latents, slots_RK: Tensor
     ) -> Tensor:
         """Output [R, H] of rows that attend to given slots and are not in the cache themselves: nothing is written."""
         _, query_RNC = self._query(ops, x_RH, cos, sin)
@@ -143,7 +144,7 @@ class LatentAttention(nn.Module):
         query_TNC: Tensor,
         inputs: ForwardInput,
         plan: Plan,
-        latent_SL: Tensor,
+        latent_SL: Latents,
         slots_RK: Tensor | None,
     ) -> Tensor:
         if not plan.dense:
@@ -160,7 +161,7 @@ class LatentAttention(nn.Module):
             out_TNO[rows] = self._absorbed(ops, query_TNC[rows], latent_SL, slots_RK)
         return out_TNO
 
-    def _absorbed(self, ops: Ops, query_RNC: Tensor, latent_SL: Tensor, slots_RK: Tensor) -> Tensor:
+    def _absorbed(self, ops: Ops, query_RNC: Tensor, latent_SL: Latents, slots_RK: Tensor) -> Tensor:
         query_RNL = ops.absorb(query_RNC, self.kv_b_proj.weight, self.nope)
         mixed_RNV = ops.sparse_attention(query_RNL, latent_SL, slots_RK, self.rank, self.scale)
         return ops.unabsorb(mixed_RNV, self.kv_b_proj.weight, self.nope)

@@ -30,6 +30,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.decoder import DecoderLayer
 from freehold.model.index_keys import IndexKeys
 from freehold.model.inputs import ForwardInput, Span
+from freehold.model.latents import Latents
 from freehold.model.layers import Linear, Norm
 from freehold.model.mla import Plan
 from freehold.model.ops.interface import Ops
@@ -107,7 +108,7 @@ class MtpLayer(DecoderLayer):
         z_TH: Tensor,
         inputs: ForwardInput,
         rope: tuple[Tensor, Tensor],
-        latent_SL: Tensor,
+        latent_SL: Latents,
         keys_SD: IndexKeys,
     ) -> Extended:
         plan = Plan.of(inputs, self.topk)
@@ -115,7 +116,7 @@ class MtpLayer(DecoderLayer):
         return Extended(self.leave(ops, z_TH), last_selection(inputs, plan.sparse, slots_RK, self.topk))
 
     def draft(
-        self, ops: Ops, z_NH: Tensor, rope: tuple[Tensor, Tensor], latent_SL: Tensor, selection_NK: Tensor
+        self, ops: Ops, z_NH: Tensor, rope: tuple[Tensor, Tensor], latent_SL: Latents, selection_NK: Tensor
     ) -> Tensor:
         x_NH = ops.rms_norm(z_NH, self.input_layernorm.weight, self.eps)
         z_NH = z_NH + self.self_attn.attend_given(ops, x_NH, *rope, latent_SL, selection_NK)

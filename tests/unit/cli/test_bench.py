@@ -53,6 +53,8 @@ REPORT = {
     "formats": dict,
     "ceilings": dict,
     "scenarios": list,
+    "latent": str,
+    "index": str,
 }
 
 
@@ -81,6 +83,7 @@ def test_json(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     conforms(report, REPORT)
     assert report["schema"] == 1
+    assert (report["latent"], report["index"]) == ("bf16", "bf16")
     assert set(report["ceilings"]) == {"bytes_per_second", "flops_per_second"}
     assert [(s["kind"], s["batch"], s["cache"]) for s in report["scenarios"]] == [
         ("decode", 1, "random"), ("decode", 2, "random"), ("prefill", 1, "computed")
@@ -110,6 +113,48 @@ def test_a_table_fits_80_columns(
         assert name in shown
     assert "step, not profiled" in shown
     assert "prefill" not in shown
+
+
+def test_what_8_bit_caches_do_to_predictions(
+    nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 5, encoding="utf-8")
+    assert main(["bench", "caches", str(nano), "--text", str(text)]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for fact in (
+        "fp8_ds_mla latents and fp8 index keys against",
+        "bf16 latents and bf16 index",
+        "same top 1",
+        "0 to 15",
+    ):
+        assert fact in shown, fact
+    assert shown.count("bytes a token, ") == 3
+    assert main(["bench", "caches", str(nano), "--text", str(text), "--quantize", "int8", "--json"]) == 0
+    caches = json.loads(capsys.readouterr().out)["caches"]
+    assert [(each["latent"], each["index"]) for each in caches] == [
+        ("bf16", "fp8"), ("fp8_ds_mla", "bf16"), ("fp8_ds_mla", "fp8")
+    ]  # fmt: skip
+    assert all(each["bytes_per_token"] < each["bytes_as_computed"] for each in caches)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["caches"], "give --text FILE"),
+        (["caches", "--text", "none.txt"], "none.txt: cannot be read"),
+        (["caches", "--text", "none.txt", "--latent-cache", "fp8"], "of the options it takes --text"),
+        (["caches", "--text", "none.txt", "--samples", "4"], "of the options it takes --text"),
+        (["engine", "--text", "none.txt"], "--text is for bench caches"),
+    ],
+)
+def test_each_subject_has_its_options(
+    nano: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", arguments[0], str(nano), *arguments[1:]]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_part_has_a_name() -> None:

@@ -68,5 +68,5 @@ def test_the_cache_table_fits_80_columns(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["inspect", "glm-5.2"]) == 0
     table = capsys.readouterr().out.partition("Cache:")[2].splitlines()
-    assert len(table) == 8  # the title, the headings and six rows
+    assert len(table) == 11  # the title, the headings and nine rows
     assert table[-1].split() == ["nvfp4_ds_mla", "352", "fp8", "132", "30,228", "30,712", "29.52", "GiB"]

@@ -67,6 +67,7 @@ def test_what_is_no_fault(text: str) -> None:
         (["--sim", "--threads", "2"], "--sim has none"),
         (["--sim", "--verify"], "--sim has none"),
         (["--sim", "--index-cache", "fp8"], "--sim has none"),
+        (["--sim", "--latent-cache", "fp8"], "--sim has none"),
         (["--sim", "--salt-per-key"], "FREEHOLD_API_KEY"),
         (["--sim", "--host", "0.0.0.0"], "FREEHOLD_API_KEY"),
         (["--sim", "--api-key-file", "/nowhere"], "/nowhere"),

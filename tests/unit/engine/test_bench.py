@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from freehold.engine.runner import ModelRunner
 from freehold.engine.sampler import Sampler
 from freehold.engine.step import SeqOutput, StepInput
 from freehold.errors import EngineError, InsufficientMemory, InvalidRequest
+from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
+from freehold.model.latents import Fp8Latents
 from freehold.model.ops.reference import ReferenceOps
 from freehold.model.tiny import make_tiny
 from freehold.model.tokenizer import Tokenizer
@@ -202,6 +205,30 @@ def test_a_native_clock_says_where_a_fused_operation_spent_its_time(
     assert parts["mlp"] == pytest.approx(3 * parts["router"])
 
 
+def test_8_bit_caches_are_filled_and_counted(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[bool] = []
+    read = Fp8Latents.rows
+
+    def recorded(self: Fp8Latents, slots: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows = read(self, slots, *rest)
+        filled.append(bool(rows.isfinite().all()) and 0.5 < float(rows.float().std()) < 2.0)
+        return rows
+
+    monkeypatch.setattr(Fp8Latents, "rows", recorded)
+    monkeypatch.setattr("freehold.engine.loading.load_ops", lambda *_: ReferenceOps())
+    plain = BenchOptions((200,), prefills=(), samples=3, threads=1)
+    reports = [
+        bench_engine(nano, options, silent)
+        for options in (plain, replace(plain, index_cache="fp8", latent_cache="fp8"))
+    ]
+    assert (reports[1].latent, reports[1].index) == ("fp8_ds_mla", "fp8")
+    assert filled
+    assert all(filled)
+    before, after = ({part.part: part.bytes or 0 for part in report.scenarios[0].parts} for report in reports)
+    for part in ("attention.attend", "attention.write", "indexer.select"):
+        assert 0 < after[part] < before[part]
+
+
 def test_lost_time_is_noticed(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = PartClock.stop
     monkeypatch.setattr(PartClock, "stop", lambda self: stop(self) | {"attention.project": 0.0})
@@ -212,6 +239,8 @@ def test_lost_time_is_noticed(nano: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_formats_of_what_is_loaded(nano: Path) -> None:
     runner = runner_of(nano)
     assert stored_formats(runner).latent == stored_formats(runner).index == "bf16"
+    runner.cache = PagedCache(runner.model.config, 1, 16, torch.bfloat16, index_cache="fp8", latent_cache="fp8")
+    assert (stored_formats(runner).latent, stored_formats(runner).index) == ("fp8_ds_mla", "fp8")
 
     class Packed:
         kind = "int4"

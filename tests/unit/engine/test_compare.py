@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from freehold.engine import compare as module
-from freehold.engine.compare import Comparison, compare_checkpoints
+from freehold.engine.compare import CACHES, CacheComparison, Comparison, compare_caches, compare_checkpoints
 from freehold.engine.loading import EngineOptions, load_model
 from freehold.errors import ConfigError, DiskFull, EngineError, InvalidRequest
 from freehold.model.cache import PagedCache
@@ -102,6 +102,48 @@ def test_the_figures_by_another_way(made: Path, found: dict[str, Comparison]) ->
     assert total.top1 == pytest.approx(float(torch.cat(same).double().mean()))
     assert total.perplexity == pytest.approx(math.exp(float(torch.cat(losses[0]).mean())), rel=1e-4)
     assert total.perplexity_other == pytest.approx(math.exp(float(torch.cat(losses[1]).mean())), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def caches(made: Path) -> tuple[CacheComparison, ...]:
+    return compare_caches(made / "fp32", TEXT)
+
+
+def test_8_bit_index_keys_change_only_what_is_selected(caches: tuple[CacheComparison, ...]) -> None:
+    """Within index_topk everything is attended to, whatever the scores: what differs there is the rounding of sums,
+    where other tokens of a chunk chose other experts."""
+    keys = caches[0]
+    assert (keys.latent, keys.index) == ("fp32", "fp8")
+    within, *beyond = keys.comparison.buckets
+    assert within.kl_p99 < 1e-6
+    assert within.top1 == 1
+    assert all(bucket.kl_mean > 1e-4 for bucket in beyond)
+
+
+def test_8_bit_latents_change_every_position_a_little(caches: tuple[CacheComparison, ...]) -> None:
+    _, latents, both = caches
+    assert [(each.latent, each.index) for each in (latents, both)] == [("fp8_ds_mla", "fp32"), ("fp8_ds_mla", "fp8")]
+    for bucket in latents.comparison.buckets:
+        assert 0 < bucket.kl_mean < 0.05
+        assert bucket.top1 > 0.7
+    assert both.bytes_per_token < latents.bytes_per_token < latents.bytes_as_computed
+
+
+def test_the_figures_of_caches_by_another_way(made: Path, caches: tuple[CacheComparison, ...]) -> None:
+    """Each window in one pass, all logits at once, float64."""
+    tokens = Tokenizer.from_dir(made / "fp32").encode(TEXT, special=False)
+    config = GlmConfig.from_file(made / "fp32")
+    model = load_model(made / "fp32", config, EngineOptions())
+    for (latent_cache, index_cache), found in zip(CACHES, caches, strict=True):
+        kl = []
+        for start in range(0, len(tokens), 64):
+            inputs = single_sequence(tokens[start : start + 64])
+            with torch.inference_mode():
+                plain = PagedCache(config, 1, 64, model.dtype)
+                eight = PagedCache(config, 1, 64, model.dtype, index_cache=index_cache, latent_cache=latent_cache)
+                p, q = (model.logits(model(inputs, cache))[:-1].double().log_softmax(-1) for cache in (plain, eight))
+            kl.append((p.exp() * (p - q)).sum(-1))
+        assert found.comparison.total.kl_mean == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
 
 
 def test_chunks_and_dtypes_may_differ(

@@ -24,8 +24,11 @@ def test_glm_52() -> None:
     assert (report.quantization, report.template) == ("none", "built-in, profile glm-5.2")
     assert [(row.latent, row.index, row.per_token, row.per_token_mtp, row.max_context) for row in report.caches] == [
         ("fp32", "fp32", 190_464, 193_280, 199_715_979_264),
+        ("fp32", "fp8", 182_484, 184_920, 191_348_342_784),
         ("bf16", "bf16", 95_232, 96_640, 99_857_989_632),
         ("bf16", "fp8", 92_628, 93_912, 97_127_497_728),
+        ("fp8_ds_mla", "fp32", 61_920, 63_088, 64_927_825_920),
+        ("fp8_ds_mla", "bf16", 56_544, 57_456, 59_290_681_344),
         ("fp8_ds_mla", "fp8", 53_940, 54_728, 56_560_189_440),
         ("fp8", "fp8", 47_700, 48_408, 50_017_075_200),
         ("nvfp4_ds_mla", "fp8", 30_228, 30_712, 31_696_355_328),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
+from freehold.model.cache_layout import IndexFormat, LatentFormat
 from freehold.model.traffic import PARTS, Ceilings, Matrix, Part, Traffic, WeightFormat, bound_seconds
 
 SCHEMA = 1
@@ -62,7 +63,7 @@ class Scenario:
 @dataclass(frozen=True, slots=True)
 class BenchReport:
     """model: the checkpoint's name. isa: of the native kernels. threads: of the engine, and of the ceilings'
-    measurement. formats: how matrices are held in memory."""
+    measurement. formats: how matrices are held in memory; latent and index: how the caches are."""
 
     model: str
     dtype: str
@@ -73,6 +74,8 @@ class BenchReport:
     formats: Mapping[Matrix, WeightFormat]
     ceilings: Ceilings
     scenarios: tuple[Scenario, ...]
+    latent: LatentFormat
+    index: IndexFormat
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -34,7 +33,7 @@ from freehold.engine.request import Request
 from freehold.engine.runner import ModelRunner
 from freehold.engine.step import NewRequest, SeqOutput, StepInput
 from freehold.errors import EngineError, InvalidRequest
-from freehold.model.cache_layout import IndexFormat, LatentFormat, cache_bytes_per_token
+from freehold.model.cache import IndexCache, LatentCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.ops.native import DEFAULT_THREADS
 from freehold.model.packing import Quantize
@@ -56,14 +55,15 @@ Detokenizer = Callable[[int], object]
 
 _SERVED = EngineOptions()  # what a server has by default
 _WARM_UP = 6  # steps before the first sample, half of them profiled
-_FILLED = 1 << 16  # index keys made at a time
+_FILLED = 1 << 16  # slots filled at a time
 _SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """contexts × batches are decoded; each of prefills is a prompt. samples: steps of each kind, plain and profiled; a
-    prompt is computed a tenth as often (at least 3 times). threads: default one a core. quantize: of the weights."""
+    prompt is computed a tenth as often (at least 3 times). threads: default one a core. quantize: of the weights.
+    index_cache, latent_cache: as `EngineOptions` has them."""
 
     contexts: Sequence[int] = (128, 4096)
     batches: Sequence[int] = (1,)
@@ -71,6 +71,8 @@ class BenchOptions:
     samples: int = 30
     threads: int | None = None
     quantize: Quantize | None = None
+    index_cache: IndexCache = "auto"
+    latent_cache: LatentCache = "auto"
 
     @property
     def steps(self) -> int:
@@ -139,6 +141,8 @@ def bench_engine(
         formats=bench.formats.weights,
         ceilings=ceilings,
         scenarios=tuple(scenarios),
+        latent=bench.formats.latent,
+        index=bench.formats.index,
     )
 
 
@@ -148,8 +152,8 @@ def _engine_options(config: GlmConfig, options: BenchOptions) -> EngineOptions:
     deepest = max((context + options.steps for context in options.contexts), default=0)
     # One block to spare for each sequence: the scheduler keeps it free when it admits.
     blocks = max(batch * (-(-deepest // size) + 1), -(-max(options.prefills, default=1) // size) + 2)
-    name = "fp32" if config.dtype == "float32" else "bf16"
-    per_token = cache_bytes_per_token(config, cast(LatentFormat, name), cast(IndexFormat, name), mtp=True)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    per_token = cache_bytes_per_token(config, dtype, options.index_cache, options.latent_cache)
     return EngineOptions(
         cache_bytes=blocks * size * per_token,
         max_num_seqs=max(batch, _SERVED.max_num_seqs),
@@ -157,6 +161,8 @@ def _engine_options(config: GlmConfig, options: BenchOptions) -> EngineOptions:
         threads=options.threads,
         quantize=options.quantize,
         num_draft_tokens=0,
+        index_cache=options.index_cache,
+        latent_cache=options.latent_cache,
     )
 
 
@@ -216,13 +222,13 @@ class _Bench:
         generator = torch.Generator().manual_seed(_SEED)
         cache = self._runner.cache
         with torch.inference_mode():
-            for slots in (*cache.latent, *cache.index):
-                if isinstance(slots, torch.Tensor):
-                    slots.normal_(generator=generator)
-                elif slots is not None:
-                    for slots_T in torch.split(torch.arange(slots.values_SD.shape[0]), _FILLED):
-                        keys_TD = torch.randn(len(slots_T), slots.values_SD.shape[1], generator=generator)
-                        slots.write(slots_T, keys_TD)
+            for held in (*cache.latent, *cache.index):
+                if isinstance(held, torch.Tensor):
+                    held.normal_(generator=generator)
+                elif held is not None:
+                    slots, width = held.shape
+                    for slots_T in torch.split(torch.arange(slots), _FILLED):
+                        held.write(slots_T, torch.randn(len(slots_T), width, generator=generator))
 
     # ── decode ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

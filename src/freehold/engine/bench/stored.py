@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from freehold.engine.runner import ModelRunner
 from freehold.errors import EngineError
-from freehold.model.cache_layout import LatentFormat
 from freehold.model.decoder import DecoderLayer
+from freehold.model.index_keys import Fp8Keys
+from freehold.model.latents import Fp8Latents
 from freehold.model.moe import MoE
 from freehold.model.traffic import MATRICES, WEIGHT_FORMATS, Formats, Matrix, WeightFormat
 
@@ -28,10 +29,21 @@ def stored_formats(runner: ModelRunner) -> Formats:
         for name, weight in _matrices(layer):
             found.setdefault(name, format_of(weight))
     weights: dict[Matrix, WeightFormat] = {name: found.get(name, embedding) for name in MATRICES}
-    cache = format_of(runner.cache.latent[0])
-    if cache not in ("fp32", "bf16"):
-        raise EngineError(f"profiling: a cache of {cache} is not known here")
-    return Formats(weights, cast(LatentFormat, cache), cast(Any, cache))
+    latent = runner.cache.latent[0]
+    index = next(keys for keys in runner.cache.index if keys is not None)  # the first layer is a full one
+    return Formats(
+        weights,
+        "fp8_ds_mla" if isinstance(latent, Fp8Latents) else _cache_format(latent),
+        "fp8" if isinstance(index, Fp8Keys) else _cache_format(index),
+    )
+
+
+def _cache_format(cache: torch.Tensor) -> Literal["fp32", "bf16"]:
+    match format_of(cache):
+        case "fp32" | "bf16" as format:
+            return format
+        case other:
+            raise EngineError(f"profiling: a cache of {other} is not known here")
 
 
 def format_of(weight: Any) -> WeightFormat:

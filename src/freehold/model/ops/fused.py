@@ -23,6 +23,7 @@ from freehold.model.decoder import DecoderLayer
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.indexer import KEY_NORM_EPS
 from freehold.model.inputs import ForwardInput
+from freehold.model.latents import Fp8Latents, Latents
 from freehold.model.mla import LatentAttention
 from freehold.model.moe import MoE
 from freehold.model.mtp import Extended, MtpLayer
@@ -71,6 +72,7 @@ class _Step(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("selection", ctypes.c_void_p),
         ("width", ctypes.c_int64),
+        ("fp8_latents", ctypes.c_int64),
     )
 
 
@@ -108,7 +110,7 @@ class FusedLayers:
         """As calling it, but returns the slots that each row attended to in the last layer, [T, K], -1 padded."""
         rows, spans = inputs.num_rows, inputs.spans
         short = rows <= SMALL_ROWS or (rows <= MOST_ROWS and all(span.length <= SMALL_ROWS for span in spans))
-        if rows == 0 or not short or cache.latent[0].dtype is not torch.bfloat16:
+        if rows == 0 or not short or not self._takes(cache):
             return None
         width = min(self._topk, max(span.end for span in spans))
         selection_TK = torch.empty((rows, width), dtype=torch.int64)
@@ -122,19 +124,26 @@ class FusedLayers:
         step = _Step(
             hidden_TH.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), inputs.slots_T.data_ptr(),
             ctypes.addressof(described), len(spans), inputs.block_size, ctypes.addressof(latents),
-            ctypes.addressof(keys), ctypes.addressof(scales), selection_TK.data_ptr(), width,
+            ctypes.addressof(keys), ctypes.addressof(scales), selection_TK.data_ptr(), width, self._in_fp8(cache),
         )  # fmt: skip
         self._ops.run_layers(
             ctypes.addressof(self._sizes), ctypes.addressof(self._weights), self._count, ctypes.addressof(step)
         )
         return selection_TK
 
+    def _in_fp8(self, cache: PagedCache) -> bool:
+        return isinstance(cache.latent[self._first], Fp8Latents)
+
+    def _takes(self, cache: PagedCache) -> bool:
+        latents = cache.latent[self._first]
+        return isinstance(latents, Fp8Latents) or latents.dtype is torch.bfloat16
+
     def _pointers(self, cache: PagedCache) -> tuple[_Pointers, _Pointers, _Pointers]:
         """Where each layer's caches lie; kept while the cache is the same."""
         if self._caches is None or self._caches[0] is not cache:
             chosen = range(self._first, self._first + self._count)
             array = ctypes.c_void_p * self._count
-            latents = array(*(cache.latent[i].data_ptr() for i in chosen))
+            latents = array(*(_latent_address(cache.latent[i]) for i in chosen))
             index = [_addresses(cache.index[i]) for i in chosen]
             keys, scales = array(*(key for key, _ in index)), array(*(scale for _, scale in index))
             self._caches = (cache, latents, keys, scales)
@@ -165,7 +174,7 @@ class FusedMtp(FusedLayers):
         self, z_NH: Tensor, rope: tuple[Tensor, Tensor], selection_NK: Tensor, cache: PagedCache
     ) -> Tensor | None:
         rows, width = selection_NK.shape
-        if rows > MOST_ROWS or cache.latent[0].dtype is not torch.bfloat16:
+        if rows > MOST_ROWS or not self._takes(cache):
             return None
         latents, keys, scales = self._pointers(cache)
         selection_NK = selection_NK.contiguous()
@@ -173,9 +182,14 @@ class FusedMtp(FusedLayers):
         step = _Step(
             z_NH.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), None, None, 0, cache.block_size,
             ctypes.addressof(latents), ctypes.addressof(keys), ctypes.addressof(scales), selection_NK.data_ptr(), width,
+            self._in_fp8(cache),
         )  # fmt: skip
         self._ops.run_layers(ctypes.addressof(self._sizes), ctypes.addressof(self._drafting), 1, ctypes.addressof(step))
         return z_NH
+
+
+def _latent_address(latents: Latents) -> int:
+    return (latents.records_SB if isinstance(latents, Fp8Latents) else latents).data_ptr()
 
 
 def _addresses(keys: IndexKeys | None) -> tuple[int | None, int | None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
+from freehold.model.latents import Fp8Latents, Latents
 from freehold.model.packed import PackedHeads, PackedWeight
 
 Weight = Tensor | PackedWeight
@@ -63,13 +64,13 @@ class Ops(Protocol):
         sin_TQ2: Tensor,
         interleaved: bool,
         first: int,
-        cache_SC: Tensor | Fp8Keys,
+        cache_SC: Tensor | Fp8Keys | Fp8Latents,
         slots_T: Tensor,
     ) -> None:
         """Cache rows slots_T ← x with its leading A values normed and the Q values from `first` rotated (after that).
 
-        The norm is RMSNorm, or LayerNorm when it has a bias. Fp8Keys take the finished row, in x's dtype, quantised.
-        Modifies cache_SC.
+        The norm is RMSNorm, or LayerNorm when it has a bias. 8-bit caches take the finished row, in x's dtype, and
+        quantise it. Modifies cache_SC.
         """
         ...
 
@@ -132,18 +133,19 @@ class Ops(Protocol):
         ...
 
     def sparse_attention(
-        self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float
+        self, query_RNL: Tensor, latent_SL: Latents, slots_RK: Tensor, rank: int, scale: float
     ) -> Tensor:
         """Absorbed attention over selected slots: softmax(q · latent · scale) · latent[:rank], [R, N, V].
 
-        The softmax is in fp32. A slot of -1 is no slot; a row has at least one slot.
+        The softmax is in fp32. A slot of -1 is no slot; a row has at least one slot. 8-bit latents are read as the
+        numbers they are, in the query's dtype.
         """
         ...
 
     def dense_attention(
         self,
         query_TNC: Tensor,
-        latent_SL: Tensor,
+        latent_SL: Latents,
         kv_b_OV: HeadWeights,
         span: Span,
         block_size: int,

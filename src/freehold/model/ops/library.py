@@ -31,9 +31,10 @@ _SIGNATURES = {
     "route": "p p p l p l l i f",
     "norm": "p pll l p p f",
     "rope": "p pll l l l l l p p i",
-    "write": "plp p pl l l l p p f l l p p i",
+    "write": "plp p pl l l l p p f l l p p i l",
+    "read": "p pl p l l l",
     "select": "pl pll pl l l l plp p l l l",
-    "attend": "p pll l l pl l l p l l l f",
+    "attend": "p pll l l pl l l p l l l f i",
     "absorb": "p pll l l l p",
     "unabsorb": "p p l l p",
     "layers": "p p l p",
@@ -109,6 +110,7 @@ class Native:
         self.norm = bind("norm")
         self.rope = bind("rope")
         self.write = bind("write")
+        self.read = bind("read")
         self.select = bind("select")
         self.attend = bind("attend")
         self.absorb = bind("absorb")

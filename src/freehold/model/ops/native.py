@@ -19,6 +19,7 @@ from torch import Tensor
 
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
+from freehold.model.latents import Fp8Latents, Latents
 from freehold.model.ops.interface import HeadWeights, Weight
 from freehold.model.ops.library import Native
 from freehold.model.ops.reference import ReferenceOps
@@ -166,11 +167,16 @@ class NativeOps(ReferenceOps):
         sin_TQ2: Tensor,
         interleaved: bool,
         first: int,
-        cache_SC: Tensor | Fp8Keys,
+        cache_SC: Tensor | Fp8Keys | Fp8Latents,
         slots_T: Tensor,
     ) -> None:
-        eight = isinstance(cache_SC, Fp8Keys)
-        stored = cache_SC.values_SD if isinstance(cache_SC, Fp8Keys) else cache_SC
+        eight, scales, fp8_rank = not isinstance(cache_SC, Tensor), None, 0
+        if isinstance(cache_SC, Fp8Keys):
+            stored, scales = cache_SC.values_SD, cache_SC.scales_S.data_ptr()
+        elif isinstance(cache_SC, Fp8Latents):
+            stored, fp8_rank = cache_SC.records_SB, cache_SC.rank
+        else:
+            stored = cache_SC
         if (
             x_TC.dtype is not _BF16
             or weight_A.dtype is not _BF16
@@ -183,11 +189,10 @@ class NativeOps(ReferenceOps):
             )
         x = _dense(x_TC)
         rows, size = x.shape
-        scales = cache_SC.scales_S.data_ptr() if isinstance(cache_SC, Fp8Keys) else None
         if self._native.write(
             self._context, stored.data_ptr(), stored.stride(0), scales, slots_T.data_ptr(), x.data_ptr(), x.stride(0),
             rows, size, weight_A.shape[0], weight_A.data_ptr(), None if bias_A is None else bias_A.data_ptr(), eps,
-            first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved,
+            first, 2 * cos_TQ2.shape[1], cos_TQ2.data_ptr(), sin_TQ2.data_ptr(), interleaved, fp8_rank,
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return None
@@ -307,17 +312,19 @@ class NativeOps(ReferenceOps):
         return out
 
     def sparse_attention(
-        self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float
+        self, query_RNL: Tensor, latent_SL: Latents, slots_RK: Tensor, rank: int, scale: float
     ) -> Tensor:
-        if query_RNL.dtype is not _BF16 or latent_SL.dtype is not _BF16:
+        fp8 = isinstance(latent_SL, Fp8Latents)
+        latent = latent_SL.records_SB if isinstance(latent_SL, Fp8Latents) else latent_SL
+        if query_RNL.dtype is not _BF16 or not (fp8 or latent.dtype is _BF16):
             return super().sparse_attention(query_RNL, latent_SL, slots_RK, rank, scale)
         slots = _dense(slots_RK)
-        return self._attend(_dense(query_RNL), _dense(latent_SL), slots, slots.stride(0), -1, rank, scale)
+        return self._attend(_dense(query_RNL), _dense(latent), slots, slots.stride(0), -1, rank, scale, fp8)
 
     def dense_attention(
         self,
         query_TNC: Tensor,
-        latent_SL: Tensor,
+        latent_SL: Latents,
         kv_b_OV: HeadWeights,
         span: Span,
         block_size: int,
@@ -325,15 +332,37 @@ class NativeOps(ReferenceOps):
         scale: float,
     ) -> Tensor:
         """In the absorbed form too: it skips what lies ahead of a row and needs no keys and values of every head."""
-        if query_TNC.dtype is not _BF16 or latent_SL.dtype is not _BF16 or isinstance(kv_b_OV, Tensor):
+        wide = isinstance(latent_SL, Tensor) and latent_SL.dtype is not _BF16
+        if query_TNC.dtype is not _BF16 or wide or isinstance(kv_b_OV, Tensor):
             return super().dense_attention(query_TNC, latent_SL, kv_b_OV, span, block_size, nope, scale)
         query_RNL = self.absorb(query_TNC[span.row : span.row + span.length], kv_b_OV, nope)
         slots = span.slots_P(block_size)
+        if isinstance(latent_SL, Fp8Latents):  # read once, not for every row
+            latent_SL, slots = self.read_latents(latent_SL, slots), torch.arange(len(slots))
         mixed = self._attend(query_RNL, _dense(latent_SL), slots, 0, span.start, kv_b_OV.up_key.outputs, scale)
         return self.unabsorb(mixed, kv_b_OV, nope)
 
+    def read_latents(self, latents: Fp8Latents, slots_P: Tensor) -> Tensor:
+        """`latents.rows(slots_P)` in bf16, which is exact: [P, L]."""
+        slots, records = slots_P.contiguous(), latents.records_SB
+        out = torch.empty((len(slots), latents.rank + latents.rope), dtype=_BF16)
+        if self._native.read(
+            self._context, out.data_ptr(), records.data_ptr(), records.stride(0), slots.data_ptr(), len(slots),
+            latents.rank, latents.rope,
+        ):  # fmt: skip
+            raise MemoryError(_NO_SCRATCH)
+        return out
+
     def _attend(
-        self, query: Tensor, latent: Tensor, slots: Tensor, slots_row: int, start: int, rank: int, scale: float
+        self,
+        query: Tensor,
+        latent: Tensor,
+        slots: Tensor,
+        slots_row: int,
+        start: int,
+        rank: int,
+        scale: float,
+        fp8: bool = False,
     ) -> Tensor:
         rows, heads, latent_dim = query.shape
         query_row, query_head, _ = query.stride()
@@ -341,7 +370,7 @@ class NativeOps(ReferenceOps):
         if self._native.attend(
             self._context, out.data_ptr(), query.data_ptr(), query_row, query_head, rows, heads,
             latent.data_ptr(), latent.stride(0), latent_dim, rank,
-            slots.data_ptr(), slots_row, slots.shape[-1], start, scale,
+            slots.data_ptr(), slots_row, slots.shape[-1], start, scale, fp8,
         ):  # fmt: skip
             raise MemoryError(_NO_SCRATCH)
         return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
+from freehold.model.latents import Fp8Latents, Latents, latent_rows
 from freehold.model.ops.interface import HeadWeights, Weight
 
 # Elements of the largest temporary: bounds memory, and keeps blocks of work near the cache.
@@ -60,7 +61,7 @@ class ReferenceOps:
         sin_TQ2: Tensor,
         interleaved: bool,
         first: int,
-        cache_SC: Tensor | Fp8Keys,
+        cache_SC: Tensor | Fp8Keys | Fp8Latents,
         slots_T: Tensor,
     ) -> None:
         normed, rest = torch.split(x_TC, [weight_A.shape[0], x_TC.shape[1] - weight_A.shape[0]], dim=-1)
@@ -70,7 +71,7 @@ class ReferenceOps:
             normed = self.layer_norm(normed, weight_A, bias_A, eps)
         x_TC = torch.cat((normed, rest), dim=-1)
         x_TC = self.rope(x_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0]
-        if isinstance(cache_SC, Fp8Keys):
+        if isinstance(cache_SC, Fp8Keys | Fp8Latents):
             cache_SC.write(slots_T, x_TC)
         else:
             cache_SC[slots_T] = x_TC.to(cache_SC.dtype)
@@ -194,13 +195,13 @@ class ReferenceOps:
         return torch.matmul(mixed_RNV.transpose(0, 1), up_value_NOV.transpose(1, 2)).transpose(0, 1)
 
     def sparse_attention(
-        self, query_RNL: Tensor, latent_SL: Tensor, slots_RK: Tensor, rank: int, scale: float
+        self, query_RNL: Tensor, latent_SL: Latents, slots_RK: Tensor, rank: int, scale: float
     ) -> Tensor:
-        block = max(1, _GATHER_BLOCK // (slots_RK.shape[1] * latent_SL.shape[1]))
+        block = max(1, _GATHER_BLOCK // (slots_RK.shape[1] * query_RNL.shape[2]))
         out = []
         for first in range(0, slots_RK.shape[0], block):
             slots = slots_RK[first : first + block]
-            latent = latent_SL[slots.clamp(min=0)]  # [R, K, L]
+            latent = latent_rows(latent_SL, slots.clamp(min=0), query_RNL.dtype)  # [R, K, L]
             scores = torch.matmul(query_RNL[first : first + block], latent.transpose(1, 2)).float() * scale
             scores = scores.masked_fill((slots < 0)[:, None], float("-inf"))
             # A padded slot has weight 0, but what lies there may be anything, NaN too.
@@ -211,7 +212,7 @@ class ReferenceOps:
     def dense_attention(
         self,
         query_TNC: Tensor,
-        latent_SL: Tensor,
+        latent_SL: Latents,
         kv_b_OV: HeadWeights,
         span: Span,
         block_size: int,
@@ -220,7 +221,7 @@ class ReferenceOps:
     ) -> Tensor:
         kv_b_OV = plain(kv_b_OV, query_TNC.dtype)
         heads, rank = query_TNC.shape[1], kv_b_OV.shape[1]
-        latent = latent_SL[span.slots_P(block_size)]  # [P, L]
+        latent = latent_rows(latent_SL, span.slots_P(block_size), query_TNC.dtype)  # [P, L]
         expanded = F.linear(latent[:, :rank], kv_b_OV).view(span.end, heads, -1)  # [P, N, nope + v]
         key_rope = latent[:, None, rank:].expand(-1, heads, -1)
         keys = torch.cat((expanded[..., :nope], key_rope), dim=-1).transpose(0, 1)
