@@ -32,6 +32,8 @@ CHUNK = 8
 GROUPS: Mapping[str, int] = {"int8": GROUP_SIZE[8], "int4": GROUP_SIZE[4]}
 """Inputs that share a scale, where codes are integers."""
 
+_BAND = 1 << 20  # weights packed at a time: the copies on the way are of these, not of a whole matrix
+
 _BITS = {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8}
 
 Source = Tensor | GroupQuantized | BlockQuantized
@@ -104,9 +106,13 @@ class PackedWeight(nn.Module):
 
         Raises CheckpointError, with the name, for NaN or infinity where it is to be quantised.
         """
-        rows = source.shape[0]
+        rows, step = source.shape[0], max(1, _BAND // (BLOCK * self.inner)) * BLOCK
         if first % PANEL or (rows % PANEL and first + rows != self.outputs):
             raise ValueError(f"rows {first} to {first + rows} do not begin and end with panels")
+        if rows > step:
+            for start in range(0, rows, step):
+                self.load(_rows(source, start, min(start + step, rows)), index, first + start, name=name)
+            return
         start = index * self.panels + first // PANEL
         stop = start + -(-rows // PANEL)
         if self.kind == "bf16":
@@ -216,6 +222,17 @@ def fp8_group(head_rows: int, nope: int) -> int | None:
         if head_rows % group == 0 and nope % group == 0:
             return group
     return None
+
+
+def _rows(source: Source, start: int, stop: int) -> Source:
+    """Some rows of a source; start is a multiple of a block's rows."""
+    match source:
+        case Tensor():
+            return source[start:stop]
+        case GroupQuantized(codes_OI, scale_OG, bits, group):
+            return GroupQuantized(codes_OI[start:stop], scale_OG[start:stop], bits, group)
+        case BlockQuantized(weight_OI, scale_RC):
+            return BlockQuantized(weight_OI[start:stop], scale_RC[start // BLOCK : -(-stop // BLOCK)])
 
 
 def _floats(source: Source, dtype: torch.dtype = torch.bfloat16) -> Tensor:
