@@ -70,7 +70,7 @@ FH_API int fh_absorb(void* context, void* out, const void* query, int64_t query_
 // out [rows, heads · value] = mixed [rows, heads, rank] · W_UVᵀ; both contiguous.
 FH_API int fh_unabsorb(void* context, void* out, const void* mixed, int64_t rows, int64_t heads,
                        const freehold::Matrix* up_value);
-// Decoder layers one after the other, for at most 16 rows; see layers.h.
+// Decoder layers one after the other, for at most kMostRows rows; see layers.h.
 FH_API int fh_layers(void* context, const freehold::LayerSizes* sizes, const freehold::LayerWeights* layers,
                      int64_t count, const freehold::LayerStep* step);
 // Seconds that fh_layers() spent since the last call, by Part (context.h).

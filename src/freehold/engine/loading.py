@@ -24,7 +24,7 @@ from freehold.model.glm import Glm
 from freehold.model.ops.choose import OpsChoice, load_ops
 from freehold.model.ops.fused import FusedLayers, FusedMtp, fits
 from freehold.model.ops.native import DEFAULT_THREADS, SMALL_ROWS, NativeOps
-from freehold.model.packing import Quantize, forms, pack_model
+from freehold.model.packing import Quantize, forms, pack_model, quantized_otherwise
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
@@ -105,6 +105,11 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
         name = "bfloat16"  # the engine computes in bf16 or fp32; fp16 files are converted
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported (bfloat16 or float32)")
+    if options.quantize is not None and quantized_otherwise(config, options.quantize):
+        raise InvalidRequest(
+            f"{directory}: is quantised already; load it as it is, or quantise the checkpoint that it was made of",
+            param="quantize",
+        )
     dtype = _DTYPES[name]
     ops = load_ops(dtype, options.ops, options.threads)
     native = isinstance(ops, NativeOps)

@@ -32,8 +32,8 @@ class Target:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
-    def load(self, source: Source) -> None:
-        self.weight.load(source, self.index, self.first)
+    def load(self, source: Source, name: str) -> None:
+        self.weight.load(source, self.index, self.first, name=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class HeadsTarget:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
-    def load(self, source: Source) -> None:
-        self.heads.load(source)
+    def load(self, source: Source, name: str) -> None:
+        self.heads.load(source, name=name)
 
 
 Destination = Tensor | Target | HeadsTarget

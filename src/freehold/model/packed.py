@@ -32,6 +32,8 @@ CHUNK = 8
 GROUPS: Mapping[str, int] = {"int8": GROUP_SIZE[8], "int4": GROUP_SIZE[4]}
 """Inputs that share a scale, where codes are integers."""
 
+_BAND = 1 << 20  # weights packed at a time: the copies on the way are of these, not of a whole matrix
+
 _BITS = {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8}
 
 Source = Tensor | GroupQuantized | BlockQuantized
@@ -98,29 +100,36 @@ class PackedWeight(nn.Module):
         return self.codes.numel() + scales
 
     @torch.no_grad()
-    def load(self, source: Source, index: int = 0, first: int = 0) -> None:
+    def load(self, source: Source, index: int = 0, first: int = 0, *, name: str = "weight") -> None:
         """Rows first .. of matrix `index` ← source [rows, I]. first is a multiple of 16, and so are the rows unless
-        they are the last. Floats are quantised on the way; codes of another kind are dequantised first."""
-        rows = source.shape[0]
+        they are the last. Floats are quantised on the way; codes of another kind are dequantised first.
+
+        Raises CheckpointError, with the name, for NaN or infinity where it is to be quantised.
+        """
+        rows, step = source.shape[0], max(1, _BAND // (BLOCK * self.inner)) * BLOCK
         if first % PANEL or (rows % PANEL and first + rows != self.outputs):
             raise ValueError(f"rows {first} to {first + rows} do not begin and end with panels")
+        if rows > step:
+            for start in range(0, rows, step):
+                self.load(_rows(source, start, min(start + step, rows)), index, first + start, name=name)
+            return
         start = index * self.panels + first // PANEL
         stop = start + -(-rows // PANEL)
         if self.kind == "bf16":
             self.codes[start:stop] = _pairs(_floats(source)).view(torch.uint8).view(stop - start, -1)
             return
-        self._put(start, *self._codes(source))
+        self._put(start, *self._codes(source, name))
 
-    def _codes(self, source: Source) -> tuple[Tensor, Tensor]:
+    def _codes(self, source: Source, name: str) -> tuple[Tensor, Tensor]:
         """(codes [O, I] of one byte, scales [O, G]) of this weight's kind and group."""
         if self.kind == "fp8":
             if isinstance(source, Tensor):
-                source = BlockQuantized(*quantize_blocks(source))
+                source = BlockQuantized(*quantize_blocks(source, name=name))
             elif isinstance(source, GroupQuantized):
                 source = BlockQuantized(*quantize_blocks(dequantize_groups(source, torch.float32)))
             return source.weight_OI.view(torch.uint8), _row_scales(source, self.group)
         if not (isinstance(source, GroupQuantized) and source.bits == _BITS[self.kind] and source.group == self.group):
-            source = quantize_groups(_floats(source, torch.float32), _BITS[self.kind], self.group)
+            source = quantize_groups(_floats(source, torch.float32), _BITS[self.kind], self.group, name=name)
         return source.codes_OI, source.scale_OG
 
     @torch.no_grad()
@@ -170,13 +179,14 @@ class PackedHeads(nn.Module):
         return self.up_key.num_bytes + self.up_value.num_bytes
 
     @torch.no_grad()
-    def load(self, source: Source) -> None:
-        """source: kv_b [N * (nope + v), V], for each head its rows of W_UK and then those of W_UV."""
+    def load(self, source: Source, *, name: str = "weight") -> None:
+        """source: kv_b [N * (nope + v), V], for each head its rows of W_UK and then those of W_UV. See
+        `PackedWeight.load`."""
         heads, nope, value = self.up_key.count, self.up_key.inner, self.up_value.outputs
         if self.up_key.kind == "fp8":
             # Quantised whole, as checkpoints are: the blocks of a scale straddle heads.
             if not isinstance(source, BlockQuantized):
-                source = BlockQuantized(*quantize_blocks(_floats(source, torch.float32)))
+                source = BlockQuantized(*quantize_blocks(_floats(source, torch.float32), name=name))
             codes = source.weight_OI.view(torch.uint8).view(heads, nope + value, -1)
             scale = _row_scales(source, 1).view(heads, nope + value, -1)
             group = self.up_key.group
@@ -190,8 +200,8 @@ class PackedHeads(nn.Module):
             return
         floats = _floats(source).view(heads, nope + value, -1)
         for head in range(heads):
-            self.up_key.load(floats[head, :nope].T.contiguous(), head)
-            self.up_value.load(floats[head, nope:], head)
+            self.up_key.load(floats[head, :nope].T.contiguous(), head, name=name)
+            self.up_value.load(floats[head, nope:], head, name=name)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """kv_b [N * (nope + v), V]."""
@@ -212,6 +222,17 @@ def fp8_group(head_rows: int, nope: int) -> int | None:
         if head_rows % group == 0 and nope % group == 0:
             return group
     return None
+
+
+def _rows(source: Source, start: int, stop: int) -> Source:
+    """Some rows of a source; start is a multiple of a block's rows."""
+    match source:
+        case Tensor():
+            return source[start:stop]
+        case GroupQuantized(codes_OI, scale_OG, bits, group):
+            return GroupQuantized(codes_OI[start:stop], scale_OG[start:stop], bits, group)
+        case BlockQuantized(weight_OI, scale_RC):
+            return BlockQuantized(weight_OI[start:stop], scale_RC[start // BLOCK : -(-stop // BLOCK)])
 
 
 def _floats(source: Source, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -72,13 +72,7 @@ def forms(config: GlmConfig, quantize: Quantize | None = None) -> FormOf:
     kv_b is stored in bf16 by the integer schemes, because its two halves are used apart and one of them transposed;
     held apart it is int8 like the rest.
     """
-    scheme: Fp8Scheme | GroupScheme | None
-    if quantize is None:
-        scheme = quantization_scheme(config.quantization)
-    elif quantize == "fp8":
-        scheme = fp8_scheme(fp8_quantization(config))
-    else:
-        scheme = group_scheme(group_quantization(config, 8 if quantize == "int8" else 4))
+    scheme = quantization_scheme(config.quantization) if quantize is None else _scheme(config, quantize)
     specs = {spec.name: spec for spec in tensor_specs(config)}
 
     def form(name: str) -> Form:
@@ -93,6 +87,19 @@ def forms(config: GlmConfig, quantize: Quantize | None = None) -> FormOf:
         return Form("int8" if stored.bits == 8 else "int4", stored.group)
 
     return form
+
+
+def quantized_otherwise(config: GlmConfig, quantize: Quantize) -> bool:
+    """Whether a checkpoint has int8 or int4 weights already, and in another way: they would be rounded twice."""
+    stored = quantization_scheme(config.quantization)
+    return isinstance(stored, GroupScheme) and stored != _scheme(config, quantize)
+
+
+def _scheme(config: GlmConfig, quantize: Quantize) -> Fp8Scheme | GroupScheme:
+    """What `freehold quantize` writes."""
+    if quantize == "fp8":
+        return fp8_scheme(fp8_quantization(config))
+    return group_scheme(group_quantization(config, 8 if quantize == "int8" else 4))
 
 
 def _fitting(form: Form, inner: int) -> Form | None:

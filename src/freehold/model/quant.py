@@ -18,6 +18,7 @@ from freehold.errors import CheckpointError
 from freehold.model.storage_fp8 import BLOCK, scale_shape
 
 E4M3_MAX = 448.0
+_LEAST_SCALE = torch.finfo(torch.float32).tiny  # smaller ones lose bits, or become 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,20 @@ def dequantize_blocks(weight_OI: torch.Tensor, scale_RC: torch.Tensor, out_OI: t
         out_OI[start:stop].copy_(table.index_select(0, index.view(-1)).view(stop - start, columns))
 
 
-def quantize_blocks(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8_e4m3fn [O, I], float32 scales [R, C]) with scale = amax / 448 of each block, 1 for a block of zeros."""
+def quantize_blocks(weight_OI: torch.Tensor, *, name: str = "weight") -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn [O, I], float32 scales [R, C]) with scale = amax / 448 of each block, 1 for a block of zeros.
+
+    Raises CheckpointError, with the name, for NaN or infinity.
+    """
     rows, columns = weight_OI.shape
     quantized_OI = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     scale_RC = torch.empty(scale_shape((rows, columns)), dtype=torch.float32)
     for block_row, start in enumerate(range(0, rows, BLOCK)):
         band = weight_OI[start : start + BLOCK].float()
         amax_C = torch.stack([band[:, left : left + BLOCK].abs().amax() for left in range(0, columns, BLOCK)])
-        scale_C = torch.where(amax_C > 0, amax_C / E4M3_MAX, 1.0)
+        if not bool(torch.isfinite(amax_C).all()):  # NaN counts as the largest
+            raise CheckpointError(f"{name!r} has a weight that is NaN or infinite; it cannot be quantised")
+        scale_C = torch.where(amax_C > 0, (amax_C / E4M3_MAX).clamp(min=_LEAST_SCALE), 1.0)
         scale_RC[block_row] = scale_C
         scaled = band / scale_C.repeat_interleave(BLOCK)[:columns]
         quantized_OI[start : start + BLOCK] = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -91,7 +91,7 @@ def quantize_checkpoint(
     with (bytes done, bytes in all) of the output. Raises InvalidRequest if `out` has something in it or the source is
     quantised already, CheckpointError, DiskFull, ConfigError.
     """
-    job = _plan(Path(source), Path(out), scheme, max_shard_bytes)
+    job = _plan(Path(source), Path(os.path.abspath(out)), scheme, max_shard_bytes)
     with _workspace(job), _workers() as workers:
         digests, errors, kept = _write_shards(job, workers, progress)
         write_index(job.target, job.shards)
@@ -121,6 +121,8 @@ def _plan(source: Path, out: Path, scheme: Scheme, max_shard_bytes: int) -> _Job
         raise InvalidRequest(f"scheme {scheme!r} does not exist; choose int8, int4 or fp8", param="scheme")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out}: already there, and never overwritten; choose another, or remove it")
+    if out.is_symlink() or out.is_mount():  # nothing can be renamed to it, which would be found out at the very end
+        raise InvalidRequest(f"{out}: a link or a mount point cannot become the copy; choose a new directory in it")
     config = GlmConfig.from_file(source)
     index = CheckpointIndex.open(source)
     check(config, index)

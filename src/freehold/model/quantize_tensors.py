@@ -80,9 +80,7 @@ class TensorQuantizer:
 
         def work(rows: slice) -> _Band:
             band_BI = _rows(source, rows, torch.float32)
-            if not bool(torch.isfinite(band_BI).all()):
-                raise CheckpointError(f"{spec.name!r} has a weight that is NaN or infinite; it cannot be quantised")
-            weight_BI, scale_RC = quantize_blocks(band_BI)
+            weight_BI, scale_RC = quantize_blocks(band_BI, name=spec.name)
             back_BI = torch.empty_like(band_BI)
             dequantize_blocks(weight_BI, scale_RC, back_BI)
             return _Band(_bytes(weight_BI), _bytes(scale_RC), _Sums.of(band_BI, back_BI))

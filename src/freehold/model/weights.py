@@ -1,7 +1,7 @@
 """Load a safetensors checkpoint into a model: mapped files, one tensor at a time, every tensor used exactly once.
 
 Files are mapped, never read whole and never unpickled; a tensor goes from the mapping straight into the parameter (or
-the view of one) that it belongs to, converted on the way. Private memory is that of the model plus one FP8 band, or the
+the view of one) that it belongs to, converted on the way. Private memory is that of the model plus a band of rows, or the
 codes of one group-quantised matrix.
 """
 
@@ -43,8 +43,9 @@ class Target(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def load(self, source: Source) -> None:
-        """Take the weights. The source's tensors may be views of a file that is unmapped afterwards: copy them."""
+    def load(self, source: Source, name: str) -> None:
+        """Take the weights. The source's tensors may be views of a file that is unmapped afterwards: copy them. name:
+        the published one, for errors."""
         ...
 
 
@@ -116,7 +117,7 @@ def _put(source: Source, target: torch.Tensor | Target, name: str) -> None:
     if tuple(source.shape) != tuple(target.shape):  # a weight_shape that denies what the headers say
         raise CheckpointError(f"tensor {name!r} is a matrix {list(source.shape)}, expected {list(target.shape)}")
     if not isinstance(target, torch.Tensor):
-        target.load(source)
+        target.load(source, name)
     elif isinstance(source, BlockQuantized):
         dequantize_blocks(source.weight_OI, source.scale_RC, target)
     elif isinstance(source, GroupQuantized):

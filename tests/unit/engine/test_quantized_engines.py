@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import safetensors.torch
 import torch
 
 from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine, load_model
 from freehold.engine.request import Request
+from freehold.errors import CheckpointError, InvalidRequest
+from freehold.headers import SINGLE_NAME
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.packed import PackedWeight
@@ -87,6 +91,30 @@ def test_quantising_on_loading_is_loading_what_was_quantised(made: Path, scheme:
     on_loading, _ = build_engine(made / "bf16", options)
     stored, _ = build_engine(made / scheme, replace(OPTIONS, ops=ops))
     assert tokens_of(on_loading, asked) == tokens_of(stored, asked)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_a_proj", "self_attn.kv_b_proj", "mlp.experts.3.down_proj"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_weight_that_is_no_number_is_named(made: Path, tmp_path: Path, scheme: Quantize, name: str) -> None:
+    shutil.copytree(made / "bf16", tmp_path / "in")
+    tensors = safetensors.torch.load_file(tmp_path / "in" / SINGLE_NAME)
+    name = f"model.layers.4.{name}.weight"
+    tensors[name][3, 5] = float("inf")
+    safetensors.torch.save_file(tensors, tmp_path / "in" / SINGLE_NAME)
+    config = GlmConfig.from_file(tmp_path / "in")
+    if scheme == "int8" and name.endswith("down_proj.weight"):
+        scheme = "int4"  # nano's experts have no whole groups of int8
+    with pytest.raises(CheckpointError, match=f"'{name}' has a weight that is NaN or infinite"):
+        load_model(tmp_path / "in", config, replace(OPTIONS, quantize=scheme))
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("int8", "int4"), ("int4", "int8"), ("int4", "fp8")])
+def test_what_is_quantised_already_is_not_quantised_again(made: Path, stored: str, asked: Quantize) -> None:
+    """As `freehold quantize` refuses it. FP8, which models are published in, may become less."""
+    config = GlmConfig.from_file(made / stored)
+    with pytest.raises(InvalidRequest, match=f"{stored}: is quantised already"):
+        load_model(made / stored, config, replace(OPTIONS, quantize=asked))
+    load_model(made / "fp8", GlmConfig.from_file(made / "fp8"), replace(OPTIONS, quantize="int4"))
 
 
 @needs_native

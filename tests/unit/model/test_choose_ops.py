@@ -63,6 +63,13 @@ def test_a_file_that_is_no_library_is_told(missing: Path) -> None:
         load_ops(torch.bfloat16, "native")
 
 
+def test_a_library_that_is_not_ours_is_told(missing: Path) -> None:
+    other = next(Path(torch.__file__).parent.glob("lib/libc10.so"))
+    shutil.copy(other, missing)
+    with pytest.raises(ConfigError, match="another version of Freehold \\(none, not"):
+        load_ops(torch.bfloat16, "native")
+
+
 @needs_native
 def test_a_library_of_another_version_is_told(missing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(Path(library.__file__).with_name("_native.so"), missing)

@@ -231,7 +231,14 @@ def test_other_steps_are_left_to_the_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention_bias": True}, {"n_group": 4, "topk_group": 2}], ids=["attention_bias", "n_group"]
+    "changes",
+    [
+        {"attention_bias": True},
+        {"n_group": 4, "topk_group": 2},
+        {"index_head_dim": 33},  # kernels read index heads in pairs
+        {"n_routed_experts": 80, "num_experts_per_tok": 65},  # one more than a kernel's array holds
+    ],
+    ids=lambda changes: next(iter(changes)),
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_rare_models_run_layer_by_layer(changes: dict[str, Any], kind: Kind, tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from freehold.model import packed as packed_module
 from freehold.model.group_quant import GroupQuantized, dequantize_groups, quantize_groups
 from freehold.model.packed import (
     KINDS,
@@ -191,6 +196,52 @@ def test_the_last_rows_may_be_part_of_a_panel(kind: Kind) -> None:
     for first, rows in ((8, 16), (0, 17), (16, 13), (32, 12)):
         with pytest.raises(ValueError, match="do not begin and end with panels"):
             held.load(source[:rows], 0, first)
+
+
+@pytest.mark.parametrize("given", ["floats", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_matrix_is_packed_some_rows_at_a_time(kind: Kind, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights, and little memory on the way: none of it grows with the matrix."""
+    floats = torch.randn(1000, 256, generator=generator(2)).bfloat16()
+    source: Source = floats
+    if given == "fp8":
+        source = BlockQuantized(*quantize_blocks(floats))
+    elif given != "floats":
+        source = quantize_groups(floats, 8 if given == "int8" else 4, 32)
+    held = []
+    for band in (1 << 30, 1 << 15):  # all, and 128 rows
+        monkeypatch.setattr(packed_module, "_BAND", band)
+        held.append(PackedWeight(1000, 256, kind))
+        held[-1].load(source)
+    assert torch.equal(held[0].codes, held[1].codes)
+    assert held[0].scales is None or torch.equal(held[0].scales, held[1].scales)  # type: ignore[arg-type]
+
+
+MEASURE = """
+import sys
+import torch
+from freehold.model.packed import PackedWeight
+from tests.private_memory import Peak
+
+source, held = torch.ones(32_000, 1024, dtype=torch.bfloat16), PackedWeight(32_000, 1024, sys.argv[1])
+held.codes.zero_()
+if held.scales is not None:
+    held.scales.zero_()
+with Peak() as peak:
+    held.load(source)
+print(peak.bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_takes_little_memory(kind: Kind) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, kind], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 40_000_000  # the matrix has 66 MB, in fp32 131 MB
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,22 @@ def test_a_block_of_zeros() -> None:
     assert bool((quantized.float() == 0).all())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
+    weight = torch.ones(130, 140)
+    weight[129, 139] = value
+    with pytest.raises(CheckpointError, match="'some name' has a weight that is NaN or infinite"):
+        quantize_blocks(weight, name="some name")
+
+
+def test_the_smallest_numbers_become_zeros_and_not_nan() -> None:
+    weight = torch.zeros(2, 3)
+    weight[0, 0] = 1e-44  # less than 448 times the smallest fp32 number: a scale of 0 would make NaN of the zeros
+    quantized, scale = quantize_blocks(weight)
+    assert scale[0, 0] > 0
+    assert torch.equal(quantized.float(), torch.zeros(2, 3))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     weight, scale = random_weight((130, 140), seed=5)
     out = torch.empty(130, 140)

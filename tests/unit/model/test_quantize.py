@@ -211,6 +211,24 @@ def test_files_of_others_are_not_touched(nano: Path, tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "config.json").exists()
 
 
+def test_a_place_that_nothing_can_be_renamed_to_is_refused_before_the_work(nano: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(InvalidRequest, match=f"{name}: a link or a mount point cannot become the copy"):
+            quantize_checkpoint(nano, tmp_path / name, "int8")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dangling", "link", "real"]
+
+
+def test_the_current_directory_can_be_filled(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    quantize_checkpoint(nano, ".", "int8")
+    assert [file.name for file in tmp_path.iterdir()] == ["here"]
+    assert (tmp_path / "here" / "config.json").exists()
+
+
 def test_a_quantised_source_is_refused(nano: Path, tmp_path: Path) -> None:
     quantize_checkpoint(nano, tmp_path / "int8", "int8")
     quantize_checkpoint(nano, tmp_path / "fp8", "fp8")

@@ -27,7 +27,7 @@ from freehold.model.latents import Fp8Latents, Latents
 from freehold.model.mla import LatentAttention
 from freehold.model.moe import MoE
 from freehold.model.mtp import Extended, MtpLayer
-from freehold.model.ops.native import SMALL_ROWS, NativeOps
+from freehold.model.ops.native import MOST_CHOSEN, SMALL_ROWS, NativeOps
 from freehold.model.packed import PANEL, PackedHeads, PackedWeight
 
 MOST_ROWS = 256
@@ -200,9 +200,11 @@ def _addresses(keys: IndexKeys | None) -> tuple[int | None, int | None]:
 
 
 def fits(config: GlmConfig, layers: Sequence[DecoderLayer]) -> bool:
-    """Whether all that these layers have is packed, nothing is of a rare kind (biases, grouped routing), and the first
-    layer selects for itself."""
+    """Whether all that these layers have is packed, nothing is of a rare kind (biases, grouped routing, sizes that
+    `NativeOps` leaves to the reference), and the first layer selects for itself."""
     if config.attention_bias or config.n_group > 1 or layers[0].self_attn.indexer is None:
+        return False
+    if config.index_head_dim % 2 or config.num_experts_per_tok > MOST_CHOSEN:
         return False
     return all(_weights_or_none(layer) is not None for layer in layers)
 

@@ -60,7 +60,7 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         libraries = ctypes.CDLL(str(_PATH)), ctypes.PyDLL(str(_PATH))
     except OSError as error:
         raise NativeUnavailable(f"{_PATH.name} cannot be loaded ({error})") from error
-    version = libraries[0].fh_version()
+    version = libraries[0].fh_version() if hasattr(libraries[0], "fh_version") else "none"
     if version != VERSION:
         raise NativeUnavailable(f"{_PATH.name} was built from another version of Freehold ({version}, not {VERSION})")
     for library in libraries:

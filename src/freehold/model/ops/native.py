@@ -31,6 +31,9 @@ DEFAULT_THREADS = torch.get_num_threads()
 SMALL_ROWS = 16
 """Up to this many rows use the kernels that read each weight once; more use a blocked matrix multiplication."""
 
+MOST_CHOSEN = 64
+"""Experts a token may have: the size of an array in the kernels."""
+
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _NO_SCRATCH = "a native kernel could not allocate its scratch memory"
 # In the order of Part in native/context.h.
@@ -38,7 +41,6 @@ _PARTS = (
     "norms", "attention.project", "attention.write", "attention.attend", "indexer.project", "indexer.select",
     "router", "experts", "mlp",
 )  # fmt: skip
-_MOST_CHOSEN = 64  # experts a token may have: the size of an array in the kernels
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -235,7 +237,7 @@ class NativeOps(ReferenceOps):
             isinstance(gate_up_EIH, Tensor)
             or isinstance(down_EHI, Tensor)
             or x_TH.dtype is not _BF16
-            or chosen > _MOST_CHOSEN
+            or chosen > MOST_CHOSEN
             or rows == 0
             or down_EHI.inner % PANEL
             or not (ids_TX.is_contiguous() and weights_TX.is_contiguous())
