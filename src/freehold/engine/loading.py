@@ -24,6 +24,7 @@ from freehold.model.ops.choose import OpsChoice, load_ops
 from freehold.model.ops.fused import FusedLayers, fits
 from freehold.model.ops.native import DEFAULT_THREADS, NativeOps
 from freehold.model.packing import Quantize, forms, pack_model
+from freehold.model.paged import finish, page_experts
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
@@ -39,6 +40,8 @@ class EngineOptions:
 
     cache_bytes: memory for the latent and index-key caches; default half of what is available once weights are loaded
     (pages are only committed as they are first used). threads: compute threads; default what torch finds.
+    expert_bytes: memory for routed experts, which then stay on disk, packed, and are read as they are used; default: all
+    are held. expert_dir: where their file is, default `.freehold` in the checkpoint's directory.
     index_cache: "fp8" stores the indexer's keys in 8 bits, half of bf16; near-equal scores may then change places.
     """
 
@@ -56,6 +59,8 @@ class EngineOptions:
     ops: OpsChoice = "auto"
     index_cache: IndexCache = "auto"
     quantize: Quantize | None = None
+    expert_bytes: int | None = None
+    expert_dir: Path | None = None
 
 
 def build_engine(
@@ -92,12 +97,27 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     # Beside the kernels, what is left to torch is small, and its threads spin for a while after each operation: on the
     # very cores that the kernels' threads need next. While weights are packed they wait for one another instead.
     torch.set_num_threads(1 if native else options.threads or DEFAULT_THREADS)
-    model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
-    if (native and dtype is torch.bfloat16) or options.quantize is not None:
-        pack_model(model, forms(config, options.quantize))
+    packed = (native and dtype is torch.bfloat16) or options.quantize is not None
+    paged = options.expert_bytes is not None
+    if paged and not packed:
+        raise ConfigError("--expert-memory needs weights that the native kernels take (bfloat16), or --quantize")
+    # Without memory first: what is packed gets another kind of it.
+    model = Glm(config, dtype=dtype, device="meta", ops=ops).requires_grad_(False).eval()
+    if packed:
+        pack_model(model, forms(config, options.quantize), paged=paged)
+    model.to_empty(device="cpu")
+    pager = None
+    if options.expert_bytes is not None:
+        label = options.quantize or "stored"
+        pager = page_experts(model, directory, options.expert_dir, options.expert_bytes, label)
     load_weights(model, directory, progress=progress, verify=options.verify)
-    if isinstance(ops, NativeOps) and fits(config, layers := model.decoder_layers):
-        model.run_few = FusedLayers(ops, config, layers)
+    if pager is not None:
+        finish(pager, verify=options.verify, progress=progress)
+        model.pager = pager
+    if isinstance(ops, NativeOps):
+        ops.pager = pager
+        if fits(config, layers := model.decoder_layers):
+            model.run_few = FusedLayers(ops, config, layers)
     return model
 
 

@@ -25,6 +25,7 @@ from freehold.model.moe import MoE
 from freehold.model.mtp import MtpInput, SharedHead
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
+from freehold.model.pager import ExpertPager
 
 RunFew = Callable[[Tensor, ForwardInput, tuple[Tensor, Tensor], PagedCache], Tensor | None]
 
@@ -96,6 +97,8 @@ class Glm(nn.Module):
         self.mtp = MtpLayer(config, dtype=dtype, device=device) if config.has_mtp else None
         self.run_few: RunFew | None = None
         """All layers at once, for steps of few rows; None from it, or no such thing, runs them one by one."""
+        self.pager: ExpertPager | None = None
+        """Of the routed experts, where they are not all in memory."""
 
     def forward(self, inputs: ForwardInput, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [T, H]. Writes the rows' latents and index keys to `cache`."""

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-VERSION = 3
+VERSION = 4
 """Must equal kInterfaceVersion in native/api.h."""
 
 ISAS = ("avx512bf16", "avx512", "avx2")
@@ -79,7 +79,7 @@ class Native:
     """A context of the library: one instruction set, one pool of threads, scratch memory.
 
     Every entry of `native/api.h` is a method of the same name without `fh_`; it takes addresses and integers, and
-    returns 0, or 1 when memory ran out. Raises NativeUnavailable.
+    returns 0, 1 when memory ran out, or 2 when a paged expert could not be read. Raises NativeUnavailable.
     """
 
     def __init__(self, threads: int, isa: str | None = None) -> None:

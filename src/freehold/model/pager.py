@@ -1,0 +1,284 @@
+"""A bounded number of routed experts in memory: which stay, which are read next, and from where the kernels take them.
+
+Memory is one block of slots, each as large as an expert's record in the file. The kernels find experts by a table of
+addresses and count the rows they send to each; only when one is missing do they call `fetch` here, from inside a step.
+
+What goes when a slot is needed: the expert that the fewest rows were sent to, with counts that fade over some thousand
+tokens. Counts do not forget under a prompt, which sends rows to nearly every expert of every layer in turn and would
+push all that was learned out of a least-recently-used list; they learn from it. Among equals goes the expert whose
+layer comes round last. Torch-free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from freehold.errors import InsufficientMemory
+from freehold.model.expert_file import ExpertFile
+
+logger = logging.getLogger(__name__)
+
+_READERS = 4  # threads that read; a disk wants several requests at once
+_HALF_LIFE = 8192  # rows sent to experts after which a count weighs half: some thousand tokens
+_REPORT_SECONDS = 10.0  # between two lines of the log
+_MANY = 0.5  # of a layer's experts: a step that needs so many is a prompt, and the next layer will need as many
+
+
+class _Place(ctypes.Structure):
+    """`Place` of native/matrix.h."""
+
+    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
+
+
+_FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
+
+
+class _Paged(ctypes.Structure):
+    """`Paged` of native/matrix.h."""
+
+    _fields_ = (
+        ("places", ctypes.c_void_p), ("uses", ctypes.c_void_p), ("stack", ctypes.c_int64), ("fetch", _FETCH),
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class PagingStats:
+    """Totals since the start. reads: experts read; ahead: those of them read before they were asked for; wasted: those
+    of these that went again unused. wait_seconds: how long steps stood still for reads."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    ahead: int = 0
+    wasted: int = 0
+    wait_seconds: float = 0.0
+
+
+class ExpertPager:
+    """budget: bytes for experts, those of at least one layer. stages: how many of the file's layers a step runs
+    through in turn, from the first (an MTP layer comes after these and is not read ahead for).
+
+    One thread calls it. Raises InsufficientMemory for a budget that does not hold the experts of one layer.
+    """
+
+    def __init__(
+        self,
+        file: ExpertFile,
+        budget: int,
+        *,
+        stages: int | None = None,
+        readers: int = _READERS,
+        half_life: int = _HALF_LIFE,
+    ) -> None:
+        layout = file.layout
+        self.file, self._size = file, layout.record_bytes
+        self._layers, self._experts = len(layout.layers), layout.experts
+        self._stages = self._layers if stages is None else stages
+        count = min(budget // self._size, layout.records)
+        if count < self._experts:
+            raise InsufficientMemory(
+                f"--expert-memory of {budget:,} bytes does not hold the {self._experts} experts of one layer, "
+                f"{self._experts * self._size:,} bytes; give it at least those"
+            )
+        self.num_slots = count
+        self.stats = PagingStats()
+        self.failure: Exception | None = None
+        """Why `fetch` last failed: what the native call that it failed in is to raise."""
+        self._half_life = half_life
+        self._memory = mmap.mmap(-1, count * self._size)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        view = memoryview(self._memory)
+        self._views = [view[i * self._size : (i + 1) * self._size] for i in range(count)]
+        records = layout.records
+        self._slot_of = np.full(records, -1, np.int64)  # record → slot, also while it is being read
+        self._owner = np.full(count, -1, np.int64)  # slot → record
+        self._free = list(range(count - 1, -1, -1))
+        self.scratch = self._views[0]
+        """Room for a record, as long as nothing was asked for."""
+        self._reading: dict[int, Future[None]] = {}  # record → its read
+        self._ahead: set[int] = set()  # records that nobody has asked for yet
+        self._uses = np.zeros(records, np.float32)
+        # Of each layer: rows that were sent to experts, and what its counts summed up to when that was last noted.
+        self._seen, self._counted, self._faded_at = np.zeros(self._layers), np.zeros(self._layers), 0.0
+        self._layer_of = np.arange(records) // self._experts
+        self._places = (_Place * (records * 2))()
+        self._callback = _FETCH(self._fetch)  # kept: C holds its address
+        self._paged = (_Paged * (self._layers * 2))(*self._describe())
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
+        self._reported, self._reported_bytes = time.monotonic(), 0
+
+    def _describe(self) -> list[_Paged]:
+        places, uses = ctypes.addressof(self._places), self._uses.ctypes.data
+        size = ctypes.sizeof(_Place)
+        return [
+            _Paged(
+                places + size * self._experts * (2 * layer + matrix),
+                uses + 4 * self._experts * layer,
+                layer,
+                self._callback,
+            )
+            for layer in range(self._layers)
+            for matrix in (0, 1)
+        ]
+
+    def handle(self, layer: int, matrix: int) -> int:
+        """Address of the `Paged` of a layer's gate_up (0) or down (1) stack; valid as long as this object."""
+        return ctypes.addressof(self._paged[2 * layer + matrix])
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Memory that is reserved and not yet used: the system still counts it as available."""
+        return len(self._free) * self._size
+
+    def view(self, layer: int, expert: int) -> memoryview:
+        """The record of an expert that `need` brought in; valid until the next `need`."""
+        slot = int(self._slot_of[layer * self._experts + expert])
+        assert slot >= 0
+        return self._views[slot]
+
+    def need(self, layer: int, experts: Sequence[int]) -> None:
+        """Have these experts of a layer in memory until the next call. Raises CheckpointError."""
+        started = time.perf_counter()
+        self._fade(layer)
+        wanted = np.unique(np.asarray(experts, np.int64)) + layer * self._experts
+        missing = [record for record in wanted.tolist() if self._slot_of[record] < 0]
+        self._read(missing, keep=wanted)
+        if len(wanted) >= _MANY * self._experts and layer + 1 < self._stages:
+            self._read_ahead(layer + 1, keep=wanted)
+        for record in wanted.tolist():
+            self._ahead.discard(record)
+            if (read := self._reading.get(record)) is not None:
+                self._finish(record, read)
+        self.stats.wait_seconds += time.perf_counter() - started
+        self._report()
+
+    def close(self) -> None:
+        """Stop reading. The kernels must not be called any more."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.file.close()
+
+    # -- called from the kernels ---------------------------------------------------------------------------------------
+
+    def _fetch(self, stack: int, ids: Any, count: int) -> int:
+        try:
+            self.need(stack, np.ctypeslib.as_array(ids, (count,)))
+        except BaseException as error:  # an exception cannot pass through C
+            self.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
+            return 1
+        return 0
+
+    # -- slots ---------------------------------------------------------------------------------------------------------
+
+    def _read(self, records: list[int], keep: NDArray[np.int64]) -> None:
+        """Begin to read records, into free slots or in the place of the least used that are not in `keep`."""
+        self._make_room(len(records), keep)
+        for record in records:
+            slot = self._free.pop()
+            self._owner[slot], self._slot_of[record] = record, slot
+            layer, expert = divmod(record, self._experts)
+            self._reading[record] = self._pool.submit(self.file.read, layer, expert, self._views[slot])
+        self.stats.reads += len(records)
+        self.stats.read_bytes += len(records) * self._size
+
+    def _read_ahead(self, layer: int, keep: NDArray[np.int64]) -> None:
+        """Begin to read what is missing of a layer, as far as there is room beside `keep` and what is of the layer."""
+        first = layer * self._experts
+        kept = np.concatenate((keep, np.arange(first, first + self._experts)))
+        missing = [record for record in range(first, first + self._experts) if self._slot_of[record] < 0]
+        room = len(self._free) + int(np.sum(self._evictable(kept)))
+        missing = missing[:room]
+        self._read(missing, keep=kept)
+        self._ahead.update(missing)
+        self.stats.ahead += len(missing)
+
+    def _finish(self, record: int, read: Future[None]) -> None:
+        del self._reading[record]
+        try:
+            read.result()
+        except BaseException:
+            slot = int(self._slot_of[record])
+            self._slot_of[record], self._owner[slot] = -1, -1
+            self._free.append(slot)
+            raise
+        self._publish(record)
+
+    def _publish(self, record: int) -> None:
+        """Tell the kernels where a record is."""
+        layer, expert = divmod(record, self._experts)
+        base = self._base + int(self._slot_of[record]) * self._size
+        for matrix, form in enumerate(self.file.layout.layers[layer]):
+            codes = base + self.file.layout.matrix_at(layer, matrix)
+            place = self._places[(2 * layer + matrix) * self._experts + expert]
+            place.codes, place.scales = codes, codes + form.scales_at if form.scales else None
+
+    def _evictable(self, keep: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Slots that hold something finished that is not in `keep`."""
+        busy = np.zeros(self._uses.size + 1, np.bool_)  # the last: of no record
+        busy[keep] = busy[-1] = True
+        busy[list(self._reading)] = True
+        return ~busy[self._owner]
+
+    def _make_room(self, count: int, keep: NDArray[np.int64]) -> None:
+        """At least `count` free slots."""
+        missing = count - len(self._free)
+        if missing <= 0:
+            return
+        slots = np.flatnonzero(self._evictable(keep))
+        if len(slots) < missing:  # what is read ahead for another layer has the rest
+            for record, read in list(self._reading.items()):
+                self._finish(record, read)
+            slots = np.flatnonzero(self._evictable(keep))
+        records = self._owner[slots]
+        layer = int(keep[0]) // self._experts if len(keep) else 0
+        after = (self._layer_of[records] - layer - 1) % self._layers  # layers until it is asked again
+        worth = self._uses[records].astype(np.float64) - 1e-6 * after
+        for i in np.argpartition(worth, missing - 1)[:missing].tolist():
+            self._evict(int(slots[i]))
+
+    def _evict(self, slot: int) -> None:
+        record = int(self._owner[slot])
+        layer, expert = divmod(record, self._experts)
+        for matrix in (0, 1):
+            self._places[(2 * layer + matrix) * self._experts + expert].codes = None
+        self._owner[slot] = self._slot_of[record] = -1
+        self._free.append(slot)
+        if record in self._ahead:
+            self._ahead.discard(record)
+            self.stats.wasted += 1
+
+    # -- counts --------------------------------------------------------------------------------------------------------
+
+    def _fade(self, layer: int) -> None:
+        """Let the counts fade by the tokens that passed. Each layer sees every token, so the most seen is the time."""
+        counts = self._uses[layer * self._experts : (layer + 1) * self._experts]
+        total = float(counts.sum())
+        self._seen[layer] += total - self._counted[layer]
+        self._counted[layer] = total
+        passed = float(self._seen.max()) - self._faded_at
+        if passed >= self._half_life / 32:
+            factor = 0.5 ** (passed / self._half_life)
+            self._uses *= np.float32(factor)
+            self._counted *= factor
+            self._faded_at += passed
+
+    def _report(self) -> None:
+        """A line in the log, now and then, while there is reading."""
+        now, read = time.monotonic(), self.stats.read_bytes
+        seconds = now - self._reported
+        if seconds >= _REPORT_SECONDS:
+            held = (self.num_slots - len(self._free)) * self._size
+            logger.info(
+                "experts: read %.1f GB in %.0f s (%.0f MB/s); %.1f of %.1f GB are in memory",
+                (read - self._reported_bytes) / 1e9, seconds, (read - self._reported_bytes) / 1e6 / seconds,
+                held / 1e9, self.file.layout.records * self._size / 1e9,
+            )  # fmt: skip
+            self._reported, self._reported_bytes = now, read
