@@ -40,8 +40,8 @@ class EngineOptions:
 
     cache_bytes: memory for the latent and index-key caches; default half of what is available once weights are loaded
     (pages are only committed as they are first used). threads: compute threads; default what torch finds.
-    expert_bytes: memory for routed experts, which then stay on disk, packed, and are read as they are used; default: all
-    are held. expert_dir: where their file is, default `.freehold` in the checkpoint's directory.
+    expert_bytes: memory for routed experts, which then stay on disk, packed, and are read as they are used; default:
+    all are held. expert_dir: where their file is, default `.freehold` in the checkpoint's directory.
     index_cache: "fp8" stores the indexer's keys in 8 bits, half of bf16; near-equal scores may then change places.
     """
 

@@ -14,11 +14,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +62,19 @@ class Layout:
     layers: tuple[tuple[MatrixBytes, MatrixBytes], ...]
     experts: int
 
-    @property
-    def record_bytes(self) -> int:
-        """One expert of the layer whose experts are largest, in whole pages."""
-        return _pages(max(gate_up.size + down.size for gate_up, down in self.layers))
+    def record_bytes(self, layer: int) -> int:
+        """One expert of a layer, in whole pages."""
+        gate_up, down = self.layers[layer]
+        return _pages(gate_up.size + down.size)
 
     @property
     def records(self) -> int:
         return len(self.layers) * self.experts
+
+    @property
+    def num_bytes(self) -> int:
+        """All records."""
+        return self.experts * sum(map(self.record_bytes, range(len(self.layers))))
 
     def matrix_at(self, layer: int, matrix: int) -> int:
         """Where matrix 0 (gate_up) or 1 (down) begins in a record."""
@@ -87,8 +94,9 @@ class ExpertFile:
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.layout = layout
         self.path = directory / f"experts-{label}-{digest}.bin"
-        self._first = _pages(4 * _PIECES * layout.records)
-        self.num_bytes = self._first + layout.records * layout.record_bytes
+        sizes = [layout.experts * layout.record_bytes(layer) for layer in range(len(layout.layers))]
+        self._starts = list(accumulate(sizes, initial=_pages(4 * _PIECES * layout.records)))  # of each layer's records
+        self.num_bytes = self._starts[-1]
         self._reader = -1
         self._pending = 0
         self._writer = self._open()
@@ -181,7 +189,7 @@ class ExpertFile:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def read(self, layer: int, expert: int, into: memoryview) -> None:
-        """An expert's record → `into`, which begins at a page and has record_bytes. Raises CheckpointError."""
+        """An expert's record → `into`, which begins at a page and has the record's bytes. Raises CheckpointError."""
         offset, done = self._record(layer, expert), 0
         try:
             while done < len(into):
@@ -192,10 +200,13 @@ class ExpertFile:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
 
-    def verify(self, buffer: memoryview, progress: Progress | None = None) -> None:
-        """Read every record, into `buffer` of record_bytes, and compare its checksums. Raises CheckpointError."""
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read every record and compare its checksums. Raises CheckpointError."""
+        sizes = [self.layout.record_bytes(layer) for layer in range(len(self.layout.layers))]
+        room, done = memoryview(mmap.mmap(-1, max(sizes))), 0
         for record in range(self.layout.records):
             layer, expert = divmod(record, self.layout.experts)
+            buffer = room[: sizes[layer]]
             self.read(layer, expert, buffer)
             gate_up, _ = self.layout.layers[layer]
             for matrix, first in ((0, 0), (0, gate_up.panels // 2), (1, 0)):
@@ -208,8 +219,9 @@ class ExpertFile:
                         f"{self.path}: expert {expert} of its layer {layer} is damaged; delete the file, and it is "
                         "made again"
                     )
+            done += sizes[layer]
             if progress is not None:
-                progress(record + 1, self.layout.records)
+                progress(done, self.layout.num_bytes)
 
     def close(self) -> None:
         """Idempotent. What is written but not finished is kept as far as the table says."""
@@ -219,7 +231,7 @@ class ExpertFile:
         self._writer = self._reader = -1
 
     def _record(self, layer: int, expert: int) -> int:
-        return self._first + (layer * self.layout.experts + expert) * self.layout.record_bytes
+        return self._starts[layer] + expert * self.layout.record_bytes(layer)
 
     def _piece(self, layer: int, expert: int, matrix: int, first: int) -> int:
         return (layer * self.layout.experts + expert) * _PIECES + (2 if matrix else int(first > 0))

@@ -83,7 +83,7 @@ def page_experts(
     """Give the stacks of a model, which was packed with paged=True, their file and a pager with `budget` bytes.
 
     source: the checkpoint's directory; directory: of the file, default `.freehold` in it. Load the model next, and then
-    call `finish`. Raises CheckpointError, DiskFull, InsufficientMemory, and ConfigError for a model without such stacks.
+    call `finish`. Raises CheckpointError, DiskFull, InsufficientMemory, or ConfigError for a model without such stacks.
     """
     stacks = list(_stacks(model))
     if not stacks:
@@ -124,7 +124,7 @@ def finish(pager: ExpertPager, *, verify: bool = False, progress: Progress | Non
     """After loading: the file is complete and ready to be read. verify: check every record's checksums."""
     pager.file.finish()
     if verify:
-        pager.file.verify(pager.scratch, progress)
+        pager.file.verify(progress)
 
 
 def _stacks(model: Glm) -> Iterator[tuple[PagedStack, PagedStack]]:
@@ -136,4 +136,4 @@ def _stacks(model: Glm) -> Iterator[tuple[PagedStack, PagedStack]]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).view(-1).numpy())
+    return tensor.contiguous().view(torch.uint8).view(-1).numpy().data

@@ -17,7 +17,7 @@ import mmap
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,32 @@ class PagingStats:
     wait_seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class _Shelf:
+    """The slots of one size. Memory cannot move between sizes: giving it back and taking it anew, page by page, would
+    halve the rate of reading."""
+
+    slots: int
+    free: list[int] = field(default_factory=list)
+    first: int = 0
+
+
+def _shelves(sizes: Sequence[int], experts: int, budget: int) -> dict[int, _Shelf]:
+    """How many slots of each size `budget` bytes give: those of one layer, and of the rest in proportion to the bytes
+    that layers of this size have. sizes: of each layer's records."""
+    least = dict.fromkeys(sizes, experts)
+    spare = budget - sum(size * count for size, count in least.items())
+    if spare < 0:
+        raise InsufficientMemory(
+            f"--expert-memory of {budget:,} bytes is too little: a step may need all {experts} experts of a layer, "
+            f"which are {budget - spare:,} bytes; give it at least those"
+        )
+    more = {size: (sizes.count(size) - 1) * experts for size in sizes}
+    wanted = sum(size * count for size, count in more.items())
+    share = min(1.0, spare / wanted) if wanted else 0.0
+    return {size: _Shelf(least[size] + int(more[size] * share)) for size in least}
+
+
 class ExpertPager:
     """budget: bytes for experts, those of at least one layer. stages: how many of the file's layers a step runs
     through in turn, from the first (an MTP layer comes after these and is not read ahead for).
@@ -80,30 +106,29 @@ class ExpertPager:
         half_life: int = _HALF_LIFE,
     ) -> None:
         layout = file.layout
-        self.file, self._size = file, layout.record_bytes
-        self._layers, self._experts = len(layout.layers), layout.experts
+        self.file, self._layers, self._experts = file, len(layout.layers), layout.experts
         self._stages = self._layers if stages is None else stages
-        count = min(budget // self._size, layout.records)
-        if count < self._experts:
-            raise InsufficientMemory(
-                f"--expert-memory of {budget:,} bytes does not hold the {self._experts} experts of one layer, "
-                f"{self._experts * self._size:,} bytes; give it at least those"
-            )
-        self.num_slots = count
+        self._sizes = [layout.record_bytes(layer) for layer in range(self._layers)]
+        self._shelves = _shelves(self._sizes, self._experts, budget)
         self.stats = PagingStats()
         self.failure: Exception | None = None
         """Why `fetch` last failed: what the native call that it failed in is to raise."""
         self._half_life = half_life
-        self._memory = mmap.mmap(-1, count * self._size)
+        self._memory = mmap.mmap(-1, sum(size * shelf.slots for size, shelf in self._shelves.items()))
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        view = memoryview(self._memory)
-        self._views = [view[i * self._size : (i + 1) * self._size] for i in range(count)]
-        records = layout.records
+        self._views: list[memoryview] = []
+        self._starts: list[int] = []  # of each slot in the memory
+        at = 0
+        for size, shelf in self._shelves.items():
+            first = len(self._views)
+            self._starts += range(at, at + shelf.slots * size, size)
+            self._views += [memoryview(self._memory)[start : start + size] for start in self._starts[first:]]
+            shelf.free = list(range(first + shelf.slots - 1, first - 1, -1))
+            shelf.first = first
+            at += shelf.slots * size
+        records, count = layout.records, len(self._views)
         self._slot_of = np.full(records, -1, np.int64)  # record → slot, also while it is being read
         self._owner = np.full(count, -1, np.int64)  # slot → record
-        self._free = list(range(count - 1, -1, -1))
-        self.scratch = self._views[0]
-        """Room for a record, as long as nothing was asked for."""
         self._reading: dict[int, Future[None]] = {}  # record → its read
         self._ahead: set[int] = set()  # records that nobody has asked for yet
         self._uses = np.zeros(records, np.float32)
@@ -137,7 +162,7 @@ class ExpertPager:
     @property
     def untouched_bytes(self) -> int:
         """Memory that is reserved and not yet used: the system still counts it as available."""
-        return len(self._free) * self._size
+        return sum(len(shelf.free) * size for size, shelf in self._shelves.items())
 
     def view(self, layer: int, expert: int) -> memoryview:
         """The record of an expert that `need` brought in; valid until the next `need`."""
@@ -145,19 +170,22 @@ class ExpertPager:
         assert slot >= 0
         return self._views[slot]
 
-    def need(self, layer: int, experts: Sequence[int]) -> None:
+    def need(self, layer: int, experts: Sequence[int] | NDArray[np.int64]) -> None:
         """Have these experts of a layer in memory until the next call. Raises CheckpointError."""
         started = time.perf_counter()
         self._fade(layer)
+        for record, read in list(self._reading.items()):
+            if read.done():
+                self._finish(record, read)
         wanted = np.unique(np.asarray(experts, np.int64)) + layer * self._experts
         missing = [record for record in wanted.tolist() if self._slot_of[record] < 0]
-        self._read(missing, keep=wanted)
+        self._read(layer, missing, keep=wanted)
         if len(wanted) >= _MANY * self._experts and layer + 1 < self._stages:
             self._read_ahead(layer + 1, keep=wanted)
         for record in wanted.tolist():
             self._ahead.discard(record)
-            if (read := self._reading.get(record)) is not None:
-                self._finish(record, read)
+            if record in self._reading:
+                self._finish(record, self._reading[record])
         self.stats.wait_seconds += time.perf_counter() - started
         self._report()
 
@@ -178,25 +206,25 @@ class ExpertPager:
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
-    def _read(self, records: list[int], keep: NDArray[np.int64]) -> None:
-        """Begin to read records, into free slots or in the place of the least used that are not in `keep`."""
-        self._make_room(len(records), keep)
+    def _read(self, layer: int, records: list[int], keep: NDArray[np.int64]) -> None:
+        """Begin to read records of a layer, in the place of the least used that are not in `keep`."""
+        self._make_room(layer, len(records), keep)
+        shelf = self._shelves[self._sizes[layer]]
         for record in records:
-            slot = self._free.pop()
+            slot = shelf.free.pop()
             self._owner[slot], self._slot_of[record] = record, slot
-            layer, expert = divmod(record, self._experts)
+            expert = record % self._experts
             self._reading[record] = self._pool.submit(self.file.read, layer, expert, self._views[slot])
         self.stats.reads += len(records)
-        self.stats.read_bytes += len(records) * self._size
+        self.stats.read_bytes += len(records) * self._sizes[layer]
 
     def _read_ahead(self, layer: int, keep: NDArray[np.int64]) -> None:
         """Begin to read what is missing of a layer, as far as there is room beside `keep` and what is of the layer."""
         first = layer * self._experts
         kept = np.concatenate((keep, np.arange(first, first + self._experts)))
-        missing = [record for record in range(first, first + self._experts) if self._slot_of[record] < 0]
-        room = len(self._free) + int(np.sum(self._evictable(kept)))
-        missing = missing[:room]
-        self._read(missing, keep=kept)
+        room = len(self._shelves[self._sizes[layer]].free) + len(self._evictable(layer, kept))
+        missing = [record for record in range(first, first + self._experts) if self._slot_of[record] < 0][:room]
+        self._read(layer, missing, keep=kept)
         self._ahead.update(missing)
         self.stats.ahead += len(missing)
 
@@ -207,42 +235,49 @@ class ExpertPager:
         except BaseException:
             slot = int(self._slot_of[record])
             self._slot_of[record], self._owner[slot] = -1, -1
-            self._free.append(slot)
+            self._shelves[self._sizes[record // self._experts]].free.append(slot)
             raise
         self._publish(record)
 
     def _publish(self, record: int) -> None:
         """Tell the kernels where a record is."""
         layer, expert = divmod(record, self._experts)
-        base = self._base + int(self._slot_of[record]) * self._size
+        base = self._base + self._starts[self._slot_of[record]]
         for matrix, form in enumerate(self.file.layout.layers[layer]):
             codes = base + self.file.layout.matrix_at(layer, matrix)
             place = self._places[(2 * layer + matrix) * self._experts + expert]
             place.codes, place.scales = codes, codes + form.scales_at if form.scales else None
 
-    def _evictable(self, keep: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Slots that hold something finished that is not in `keep`."""
+    def _evictable(self, layer: int, keep: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots that fit a layer's records and hold something finished that is not in `keep`."""
         busy = np.zeros(self._uses.size + 1, np.bool_)  # the last: of no record
         busy[keep] = busy[-1] = True
         busy[list(self._reading)] = True
-        return ~busy[self._owner]
+        shelf = self._shelves[self._sizes[layer]]
+        owners = self._owner[shelf.first : shelf.first + shelf.slots]
+        found: NDArray[np.int64] = np.flatnonzero(~busy[owners]) + shelf.first
+        return found
 
-    def _make_room(self, count: int, keep: NDArray[np.int64]) -> None:
-        """At least `count` free slots."""
-        missing = count - len(self._free)
+    def _make_room(self, layer: int, count: int, keep: NDArray[np.int64]) -> None:
+        """At least `count` free slots for a layer's records."""
+        missing = count - len(self._shelves[self._sizes[layer]].free)
         if missing <= 0:
             return
-        slots = np.flatnonzero(self._evictable(keep))
-        if len(slots) < missing:  # what is read ahead for another layer has the rest
+        slots = self._evictable(layer, keep)
+        if len(slots) < missing:  # the rest is being read ahead for another layer
             for record, read in list(self._reading.items()):
                 self._finish(record, read)
-            slots = np.flatnonzero(self._evictable(keep))
+            slots = self._evictable(layer, keep)
         records = self._owner[slots]
-        layer = int(keep[0]) // self._experts if len(keep) else 0
-        after = (self._layer_of[records] - layer - 1) % self._layers  # layers until it is asked again
-        worth = self._uses[records].astype(np.float64) - 1e-6 * after
+        worth = self._worth(records, int(keep[0]) // self._experts)
         for i in np.argpartition(worth, missing - 1)[:missing].tolist():
             self._evict(int(slots[i]))
+
+    def _worth(self, records: NDArray[np.int64], layer: int) -> NDArray[np.float64]:
+        """What goes first has the least; `layer` is being computed."""
+        after = (self._layer_of[records] - layer - 1) % self._layers  # layers until it is asked again
+        worth: NDArray[np.float64] = self._uses[records] - 1e-6 * after
+        return worth
 
     def _evict(self, slot: int) -> None:
         record = int(self._owner[slot])
@@ -250,7 +285,7 @@ class ExpertPager:
         for matrix in (0, 1):
             self._places[(2 * layer + matrix) * self._experts + expert].codes = None
         self._owner[slot] = self._slot_of[record] = -1
-        self._free.append(slot)
+        self._shelves[self._sizes[layer]].free.append(slot)
         if record in self._ahead:
             self._ahead.discard(record)
             self.stats.wasted += 1
@@ -275,10 +310,10 @@ class ExpertPager:
         now, read = time.monotonic(), self.stats.read_bytes
         seconds = now - self._reported
         if seconds >= _REPORT_SECONDS:
-            held = (self.num_slots - len(self._free)) * self._size
+            held = len(self._memory) - self.untouched_bytes
             logger.info(
                 "experts: read %.1f GB in %.0f s (%.0f MB/s); %.1f of %.1f GB are in memory",
                 (read - self._reported_bytes) / 1e9, seconds, (read - self._reported_bytes) / 1e6 / seconds,
-                held / 1e9, self.file.layout.records * self._size / 1e9,
+                held / 1e9, self.file.layout.num_bytes / 1e9,
             )  # fmt: skip
             self._reported, self._reported_bytes = now, read

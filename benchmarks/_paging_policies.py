@@ -1,0 +1,185 @@
+"""Which experts should stay in memory? Traces of routing, and policies that are driven with them without a disk.
+
+Ours is the engine's own pager, with a file that reads nothing. The others differ from it in what goes first: least
+recently used; fewest uses ever; and, knowing the future, the one that is used again last, which no policy can beat
+(reads ahead aside).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from freehold.model.expert_file import ExpertFile, Layout, MatrixBytes
+from freehold.model.pager import ExpertPager
+
+Use = tuple[int, NDArray[np.int64]]
+"""A layer, and the experts that its rows were sent to, one for each row and choice."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    name: str
+    layers: int
+    experts: int
+    steps: list[list[Use]]  # of each step, every layer in turn
+    prompts: frozenset[int] = frozenset()  # which steps compute a prompt
+
+
+class NoFile:
+    """Stands for an expert file where only counts matter."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        matrix = MatrixBytes(1, 2048, 0)
+        self.layout = Layout(((matrix, matrix),) * layers, experts)
+
+    def read(self, layer: int, expert: int, into: memoryview) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Ours(ExpertPager):
+    name = "fading counts"
+
+
+class Lru(ExpertPager):
+    name = "least recently used"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.used: dict[int, int] = defaultdict(int)
+        self.now = 0
+
+    def _worth(self, records: NDArray[np.int64], layer: int) -> NDArray[np.float64]:
+        return np.array([self.used[record] for record in records.tolist()], np.float64)
+
+
+class Counts(ExpertPager):
+    name = "counts for ever"
+
+    def __init__(self, file: ExpertFile, budget: int, **options: Any) -> None:
+        super().__init__(file, budget, **options, half_life=1 << 62)
+
+
+class Oracle(Lru):
+    name = "knowing the future"
+    future: dict[int, list[int]]  # record → times of its uses, last first
+
+    def _worth(self, records: NDArray[np.int64], layer: int) -> NDArray[np.float64]:
+        times = []
+        for record in records.tolist():
+            left = self.future.get(record, [])
+            while left and left[-1] <= self.now:
+                left.pop()
+            times.append(-left[-1] if left else -(1 << 60))
+        return np.array(times, np.float64)
+
+
+POLICIES: tuple[type[ExpertPager], ...] = (Ours, Lru, Counts, Oracle)
+
+
+def hit_rate(policy: type[ExpertPager], trace: Trace, share: float, **options: Any) -> float:
+    """Part of the uses in decode steps, each expert of a layer and step once, that found their expert in memory.
+
+    share: of all experts that fit into memory. The first fifth of the steps is not counted.
+    """
+    file: Any = NoFile(trace.layers, trace.experts)
+    slots = max(trace.experts, int(share * trace.layers * trace.experts))
+    pager = policy(file, slots * file.layout.record_bytes(0), readers=1, **options)
+    if isinstance(pager, Oracle):
+        pager.future, now = defaultdict(list), 0
+        for step in trace.steps:
+            for layer, ids in step:
+                now += 1
+                for expert in np.unique(ids).tolist():
+                    pager.future[layer * trace.experts + expert].append(now)
+        for times in pager.future.values():
+            times.reverse()
+    hits = uses = now = 0
+    for number, step in enumerate(trace.steps):
+        for layer, ids in step:
+            now += 1
+            first = layer * trace.experts
+            wanted = np.unique(ids)
+            present = int(np.sum(pager._slot_of[first + wanted] >= 0))
+            np.add.at(pager._uses, first + ids, 1)
+            if isinstance(pager, Lru):
+                pager.now = now
+                pager.used.update((first + expert, now) for expert in wanted.tolist())
+            if present < len(wanted):
+                pager.need(layer, ids)
+            if number >= len(trace.steps) // 5 and number not in trace.prompts:
+                hits, uses = hits + present, uses + len(wanted)
+    pager.close()
+    return hits / uses
+
+
+def made_trace(
+    *, layers: int = 20, experts: int = 64, chosen: int = 8, tokens: int = 3000, skew: float = 1.0, drift: int = 600,
+    prompt: int = 0, every: int = 500, seed: int = 0,
+) -> Trace:  # fmt: skip
+    """Routing as published measurements of trained models describe it, made: experts' popularity falls as rank^-skew,
+    the ranks change a little with every `drift` tokens, and a prompt of `prompt` tokens comes `every` tokens."""
+    g = np.random.default_rng(seed)
+    logits = -skew * np.log(1 + np.stack([g.permutation(experts) for _ in range(layers)]))
+    other = -skew * np.log(1 + np.stack([g.permutation(experts) for _ in range(layers)]))
+    steps: list[list[Use]] = []
+    prompts = set()
+    for token in range(tokens):
+        if token % drift == drift - 1:
+            logits, other = other, -skew * np.log(1 + np.stack([g.permutation(experts) for _ in range(layers)]))
+        share = token % drift / drift
+        now = logits * (1 - share) + other * share
+        rows = 1
+        if prompt and token % every == 0:
+            prompts.add(token)
+            rows = prompt
+        noisy = now[:, None] + g.gumbel(size=(layers, rows, experts))
+        ids = np.argpartition(-noisy, chosen, axis=-1)[..., :chosen]
+        steps.append([(layer, ids[layer].reshape(-1)) for layer in range(layers)])
+    return Trace(f"made, skew {skew:g}" + (f", prompts of {prompt}" if prompt else ""), layers, experts, steps,
+                 frozenset(prompts))  # fmt: skip
+
+
+def recorded_trace(directory: Path, tokens: int, prompt: int, seed: int = 0) -> Trace:
+    """The routing of a checkpoint that reads a prompt and then random tokens, one at a time."""
+    import torch
+
+    from freehold.engine.loading import EngineOptions, load_model
+    from freehold.model.cache import PagedCache
+    from freehold.model.config import GlmConfig
+    from freehold.model.inputs import single_sequence
+
+    config = GlmConfig.from_file(directory)
+    model = load_model(directory, config, EngineOptions())
+    model.run_few = None
+    found: list[Use] = []
+    numbers = {id(layer.mlp): i for i, layer in enumerate(x for x in model.decoder_layers if hasattr(x.mlp, "gate"))}
+
+    def note(module: Any, args: Any, result: Any) -> None:
+        found.append((numbers[id(owners[id(module)])], result[0].reshape(-1).numpy().copy()))
+
+    owners = {}
+    for layer in model.decoder_layers:
+        if hasattr(layer.mlp, "gate"):
+            owners[id(layer.mlp.gate)] = layer.mlp
+            layer.mlp.gate.register_forward_hook(note)
+    blocks = -(-(prompt + tokens) // 64)
+    cache = PagedCache(config, blocks, 64, torch.bfloat16)
+    ids = torch.randint(
+        0, config.vocab_size, (prompt + tokens,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    steps = []
+    with torch.inference_mode():
+        for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + tokens))]:
+            found.clear()
+            model(single_sequence(ids[start:stop], start=start, table=range(blocks)), cache)
+            steps.append(list(found))
+    return Trace(f"recorded, {directory.name}", len(numbers), config.n_routed_experts, steps, frozenset({0}))
