@@ -8,15 +8,19 @@ recently used; fewest uses ever; and, knowing the future, the one that is used a
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from freehold.model.expert_file import ExpertFile, Layout, MatrixBytes
 from freehold.model.pager import ExpertPager
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Use = tuple[int, NDArray[np.int64]]
 """A layer, and the experts that its rows were sent to, one for each row and choice."""
@@ -148,38 +152,60 @@ def made_trace(
                  frozenset(prompts))  # fmt: skip
 
 
-def recorded_trace(directory: Path, tokens: int, prompt: int, seed: int = 0) -> Trace:
-    """The routing of a checkpoint that reads a prompt and then random tokens, one at a time."""
-    import torch
+class _Recorder:
+    """A loaded checkpoint that reads a prompt and then random tokens, one at a time, with its routers' inputs and
+    choices."""
 
-    from freehold.engine.loading import EngineOptions, load_model
-    from freehold.model.cache import PagedCache
-    from freehold.model.config import GlmConfig
-    from freehold.model.inputs import single_sequence
+    def __init__(self, directory: Path) -> None:
+        from freehold.engine.loading import EngineOptions, load_model
+        from freehold.model.config import GlmConfig
+        from freehold.model.moe import MoE, Router
 
-    config = GlmConfig.from_file(directory)
-    model = load_model(directory, config, EngineOptions())
-    model.run_few = None
-    found: list[Use] = []
-    numbers = {id(layer.mlp): i for i, layer in enumerate(x for x in model.decoder_layers if hasattr(x.mlp, "gate"))}
+        self.config = GlmConfig.from_file(directory)
+        self.model = load_model(directory, self.config, EngineOptions())
+        self.model.run_few = None
+        self.routers = [layer.mlp.gate for layer in self.model.decoder_layers if isinstance(layer.mlp, MoE)]
+        self.found: list[tuple[Router, Tensor, Tensor]] = []
+        for router in self.routers:
+            router.register_forward_hook(lambda r, args, result: self.found.append((r, args[1], result[0])))
 
-    def note(module: Any, args: Any, result: Any) -> None:
-        found.append((numbers[id(owners[id(module)])], result[0].reshape(-1).numpy().copy()))
+    def steps(self, prompt: int, tokens: int, seed: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Of each step, of each layer: what its router was given, and the experts that it chose."""
+        import torch
 
-    owners = {}
-    for layer in model.decoder_layers:
-        if hasattr(layer.mlp, "gate"):
-            owners[id(layer.mlp.gate)] = layer.mlp
-            layer.mlp.gate.register_forward_hook(note)
-    blocks = -(-(prompt + tokens) // 64)
-    cache = PagedCache(config, blocks, 64, torch.bfloat16)
-    ids = torch.randint(
-        0, config.vocab_size, (prompt + tokens,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
-    steps = []
-    with torch.inference_mode():
-        for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + tokens))]:
-            found.clear()
-            model(single_sequence(ids[start:stop], start=start, table=range(blocks)), cache)
-            steps.append(list(found))
-    return Trace(f"recorded, {directory.name}", len(numbers), config.n_routed_experts, steps, frozenset({0}))
+        from freehold.model.cache import PagedCache
+        from freehold.model.inputs import single_sequence
+
+        blocks = -(-(prompt + tokens) // 64)
+        cache = PagedCache(self.config, blocks, 64, torch.bfloat16)
+        g = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.config.vocab_size, (prompt + tokens,), generator=g).tolist()
+        with torch.inference_mode():
+            for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + tokens))]:
+                self.found.clear()
+                self.model(single_sequence(ids[start:stop], start=start, table=range(blocks)), cache)
+                yield [(x, ids_TX) for _, x, ids_TX in self.found]
+
+
+def recorded_trace(directory: Path, tokens: int, prompt: int) -> Trace:
+    """The routing of a checkpoint."""
+    recorder = _Recorder(directory)
+    steps = [
+        [(layer, ids_TX.reshape(-1).numpy().copy()) for layer, (_, ids_TX) in enumerate(step)]
+        for step in recorder.steps(prompt, tokens)
+    ]
+    layers = len(recorder.routers)
+    return Trace("recorded, random weights", layers, recorder.config.n_routed_experts, steps, frozenset({0}))
+
+
+def router_recall(directory: Path, tokens: int) -> float:
+    """How many of a layer's experts its router names when it is given the layer before's input instead of its own."""
+    recorder, named, chosen = _Recorder(directory), 0, 0
+    for number, step in enumerate(recorder.steps(256, tokens)):
+        if number == 0:
+            continue
+        for layer in range(1, len(step)):
+            guess, _ = recorder.routers[layer].forward(recorder.model.ops, step[layer - 1][0])
+            named += len(set(guess[0].tolist()) & set(step[layer][1][0].tolist()))
+            chosen += step[layer][1].shape[1]
+    return named / chosen

@@ -15,6 +15,9 @@ from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from freehold.cli.timings import StartClock
     from freehold.engine.engine import Engine
     from freehold.engine.sim import Fault
     from freehold.model.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ IndexCacheOption = Annotated[
     IndexCache, typer.Option("--index-cache", help="How the indexer's keys are stored: as computed, or in 8 bits.")
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Check SHA256SUMS before loading; reads every byte once more.")]
+Timings = Annotated[bool, typer.Option("--timings", help="Print how long each part of the start took.")]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)]
 Sim = Annotated[bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")]
 PrefillMs = Annotated[float, typer.Option(help="--sim: milliseconds for each 1,000 prompt tokens.", min=0)]
@@ -58,7 +62,19 @@ Faults = Annotated[
     ),
 ]
 
-_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --quantize and --verify"
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for routed experts, such as 24GB; the rest stays on disk, in a file made at the first start.",
+        show_default="all are held",
+    ),
+]
+ExpertDir = Annotated[
+    Path | None,
+    typer.Option(help="--expert-memory: where that file is.", show_default=".freehold in the checkpoint's"),
+]
+
+_FOR_MODEL = "--cache-bytes, --expert-memory, --threads, --dtype, --index-cache, --quantize and --verify"
 
 
 def serve(
@@ -84,11 +100,14 @@ def serve(
         str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
     ] = None,
     index_cache: IndexCacheOption = IndexCache.AUTO,
+    expert_memory: ExpertMemory = None,
+    expert_dir: ExpertDir = None,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
     quantize: QuantizeAs = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     drain_timeout: DrainTimeout = 30.0,
+    timings: Timings = False,
     sim: Sim = False,
     sim_prefill_ms: PrefillMs = 0.0,
     sim_itl_ms: Annotated[float, typer.Option(help="--sim: milliseconds a step.", min=0)] = 0.0,
@@ -96,17 +115,26 @@ def serve(
     sim_fault: Faults = None,
 ) -> None:
     """Serve a checkpoint behind an OpenAI-compatible API."""
+    from freehold.cli.timings import StartClock
+
+    clock = StartClock()
+    clock.mark("interpreter, command line")
     from freehold.serve import server
     from freehold.serve.state import SamplingDefaults
 
+    clock.mark("imports: server")
     if sim == (directory is not None):
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
     for_model = verify or quantize or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
-    if sim and (for_model or cache_bytes is not None or threads is not None):
+    if sim and (for_model or any(option is not None for option in (cache_bytes, expert_memory, threads))):
         raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
+    if expert_dir is not None and expert_memory is None:
+        raise InvalidRequest("--expert-dir needs --expert-memory")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("freehold.model.pager", "freehold.engine.loading"):
+        logging.getLogger(name).setLevel(logging.INFO)  # what is read from disk, and made on it
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
@@ -127,7 +155,8 @@ def serve(
         else:
             settings = {"dtype": dtype.value, "threads": threads, "verify": verify, "index_cache": index_cache.value}
             settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
-            engine, tokenizer = _load(directory, limits | settings)
+            settings |= {"expert_bytes": parse_bytes(expert_memory, "expert-memory"), "expert_dir": expert_dir}
+            engine, tokenizer = _load(directory, limits | settings, clock)
         sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,
@@ -139,7 +168,8 @@ def serve(
             salt_per_key=salt_per_key,
             loopback=loopback,
         )
-        server.serve(state, sock, drain_timeout=drain_timeout)
+        clock.mark("server")
+        server.serve(state, sock, drain_timeout=drain_timeout, notice=_notice(clock if timings else None))
 
 
 def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
@@ -150,12 +180,27 @@ def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
     return ChatTemplate.builtin() if directory is None else ChatTemplate.from_dir(directory)
 
 
-def _load(directory: Path, options: dict[str, Any]) -> tuple[Engine, Tokenizer]:
+def _load(directory: Path, options: dict[str, Any], clock: StartClock) -> tuple[Engine, Tokenizer]:
     from freehold.cli.progress import byte_progress
     from freehold.engine.loading import EngineOptions, build_engine  # imports torch
 
+    clock.mark("imports: torch, engine")
     with byte_progress(f"loading {directory.name}") as progress:
-        return build_engine(directory, EngineOptions(**options), progress)
+        return build_engine(directory, EngineOptions(**options), progress, clock.mark)
+
+
+def _notice(clock: StartClock | None) -> Callable[[str], None]:
+    """Prints what the server has to say; its first words end the start, which a clock then tells of."""
+
+    def say(line: str) -> None:
+        nonlocal clock
+        if clock is not None:
+            clock.mark("first generation")
+            print("\n".join(clock.lines()), flush=True)
+            clock = None
+        print(line, flush=True)
+
+    return say
 
 
 def _sim_engine(
@@ -179,14 +224,14 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_bytes(text: str | None) -> int | None:
+def parse_bytes(text: str | None, option: str = "cache-bytes") -> int | None:
     """`4GiB`, `500MB`, `1.5TiB`, or a number of bytes. Raises InvalidRequest."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise InvalidRequest(f"--cache-bytes {text!r}: give bytes, such as 4GiB or 500MB", param="cache_bytes")
+        raise InvalidRequest(f"--{option} {text!r}: give bytes, such as 4GiB or 500MB", param=option.replace("-", "_"))
     return int(float(match[1]) * unit)
 
 

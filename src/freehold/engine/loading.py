@@ -5,6 +5,7 @@ This is the one place where the engine's settings meet the machine: threads, mem
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from freehold.model.weights import load_weights
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights load."""
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -64,24 +67,34 @@ class EngineOptions:
 
 
 def build_engine(
-    directory: str | Path, options: EngineOptions | None = None, progress: Progress | None = None
+    directory: str | Path,
+    options: EngineOptions | None = None,
+    progress: Progress | None = None,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[Engine, Tokenizer]:
     """Load `directory` and return an engine that is ready to step, and its tokenizer.
 
+    mark: called with the name of each part of the work when it ends.
     Raises ConfigError, CheckpointError or InsufficientMemory with one line that names the cause.
     """
     options = options or EngineOptions()
     directory = Path(directory)
     config = GlmConfig.from_file(directory)
+    mark("config")
     tokenizer = Tokenizer.from_dir(directory)
+    mark("tokenizer")
     model = load_model(directory, config, options, progress)
-    engine_config = _engine_config(config, directory, options, model.dtype)
+    mark("weights: mapped, packed")
+    reserved = 0 if model.pager is None else model.pager.untouched_bytes
+    engine_config = _engine_config(config, directory, options, model.dtype, reserved)
     cache = PagedCache(
         config, engine_config.num_blocks, options.block_size, model.dtype, index_cache=options.index_cache
     )
     guides = GuideCompiler(tokenizer, config.eos_token_ids)
     sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
-    return Engine(engine_config, ModelRunner(model, cache, sampler)), tokenizer
+    engine = Engine(engine_config, ModelRunner(model, cache, sampler))
+    mark("cache, sampler, scheduler")
+    return engine, tokenizer
 
 
 def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None) -> Glm:
@@ -106,19 +119,29 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     if packed:
         pack_model(model, forms(config, options.quantize), paged=paged)
     model.to_empty(device="cpu")
-    pager = None
-    if options.expert_bytes is not None:
-        label = options.quantize or "stored"
-        pager = page_experts(model, directory, options.expert_dir, options.expert_bytes, label)
-    load_weights(model, directory, progress=progress, verify=options.verify)
-    if pager is not None:
-        finish(pager, verify=options.verify, progress=progress)
-        model.pager = pager
+    if options.expert_bytes is None:
+        load_weights(model, directory, progress=progress, verify=options.verify)
+    else:
+        _load_paged(model, directory, options, options.expert_bytes, progress)
     if isinstance(ops, NativeOps):
-        ops.pager = pager
+        ops.pager = model.pager
         if fits(config, layers := model.decoder_layers):
             model.run_few = FusedLayers(ops, config, layers)
     return model
+
+
+def _load_paged(model: Glm, directory: Path, options: EngineOptions, budget: int, progress: Progress | None) -> None:
+    """Load the weights, those of routed experts into their file if they are not there."""
+    pager = page_experts(model, directory, options.expert_dir, budget, options.quantize or "stored")
+    try:
+        if not pager.file.complete:
+            logger.info("packing routed experts, once, into %s (%.1f GB)", pager.file.path, pager.file.num_bytes / 1e9)
+        load_weights(model, directory, progress=progress, verify=options.verify)
+        finish(pager, verify=options.verify, progress=progress)
+    except BaseException:
+        pager.close()
+        raise
+    model.pager = pager
 
 
 def available_memory() -> int:
@@ -133,7 +156,10 @@ def available_memory() -> int:
     return available
 
 
-def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype) -> EngineConfig:
+def _engine_config(
+    config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype, reserved: int
+) -> EngineConfig:
+    """reserved: bytes that the weights will yet take."""
     per_token = cache_bytes_per_token(config, dtype, options.index_cache)
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
@@ -142,10 +168,11 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, d
             param="max_model_len",
         )
     per_block = per_token * options.block_size
-    budget = options.cache_bytes if options.cache_bytes is not None else available_memory() // 2
+    available = max(0, available_memory() - reserved)
+    budget = options.cache_bytes if options.cache_bytes is not None else available // 2
     useful = options.max_num_seqs * -(-max_model_len // options.block_size)
     num_blocks = min(budget // per_block, useful)
-    if num_blocks * per_block > (available := available_memory()):
+    if num_blocks * per_block > available:
         raise InsufficientMemory(
             f"the cache would take {num_blocks * per_block:,} bytes, and {available:,} are available; "
             "give it less with --cache-bytes"

@@ -100,29 +100,48 @@ class ExpertFile:
         self._reader = -1
         self._pending = 0
         self._writer = self._open()
+        locked = self._lock()
+        if os.fstat(self._writer).st_size != self.num_bytes:
+            if not locked:
+                raise self._busy()
+            self._make()
         table = os.pread(self._writer, 4 * _PIECES * layout.records, 0)
         self._sums = np.frombuffer(table, np.uint32).copy()
         self._new = np.zeros_like(self._sums)  # not yet in the file
         if self.complete:
             self.finish()
-        else:
-            self._lock()
+        elif not locked:
+            raise self._busy()
 
     def _open(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            writer = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: the file of packed experts cannot be made ({error.strerror}); name another directory "
                 "with --expert-dir"
             ) from None
-        if os.fstat(writer).st_size == self.num_bytes:
-            return writer
+
+    def _lock(self) -> bool:
+        """Whether nobody else is writing, or looking. Held until `finish` or `close`."""
         try:
-            os.posix_fallocate(writer, 0, self.num_bytes)
+            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def _busy(self) -> CheckpointError:
+        self.close()
+        return CheckpointError(f"{self.path}: another process is writing it; start again when it is ready")
+
+    def _make(self) -> None:
+        """All bytes 0, and the promise that there is room. A file of another size was cut off: it begins anew."""
+        try:
+            os.ftruncate(self._writer, 0)
+            os.posix_fallocate(self._writer, 0, self.num_bytes)
         except OSError as error:
-            os.close(writer)
+            self.close()
             self.path.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise DiskFull(
@@ -130,14 +149,6 @@ class ExpertFile:
                     "free some, or name another directory with --expert-dir"
                 ) from None
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from None
-        return writer
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise CheckpointError(f"{self.path}: another process is writing it; start again when it is ready") from None
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

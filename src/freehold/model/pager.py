@@ -3,7 +3,7 @@
 Memory is one block of slots, each as large as an expert's record in the file. The kernels find experts by a table of
 addresses and count the rows they send to each; only when one is missing do they call `fetch` here, from inside a step.
 
-What goes when a slot is needed: the expert that the fewest rows were sent to, with counts that fade over some thousand
+What goes when a slot is needed: the expert that the fewest rows were sent to, with counts that fade over some hundred
 tokens. Counts do not forget under a prompt, which sends rows to nearly every expert of every layer in turn and would
 push all that was learned out of a least-recently-used list; they learn from it. Among equals goes the expert whose
 layer comes round last. Torch-free.
@@ -29,9 +29,9 @@ from freehold.model.expert_file import ExpertFile
 logger = logging.getLogger(__name__)
 
 _READERS = 4  # threads that read; a disk wants several requests at once
-_HALF_LIFE = 8192  # rows sent to experts after which a count weighs half: some thousand tokens
+_HALF_LIFE = 2048  # rows of a layer after which a count weighs half: some hundred tokens
 _REPORT_SECONDS = 10.0  # between two lines of the log
-_MANY = 0.5  # of a layer's experts: a step that needs so many is a prompt, and the next layer will need as many
+_MANY = 0.75  # of a layer's experts: a step that needs so many is a prompt, and the next layer will need as many
 
 
 class _Place(ctypes.Structure):
@@ -132,8 +132,7 @@ class ExpertPager:
         self._reading: dict[int, Future[None]] = {}  # record → its read
         self._ahead: set[int] = set()  # records that nobody has asked for yet
         self._uses = np.zeros(records, np.float32)
-        # Of each layer: rows that were sent to experts, and what its counts summed up to when that was last noted.
-        self._seen, self._counted, self._faded_at = np.zeros(self._layers), np.zeros(self._layers), 0.0
+        self._old = np.zeros(records, np.float32)  # what the counts were when those of their layer last faded
         self._layer_of = np.arange(records) // self._experts
         self._places = (_Place * (records * 2))()
         self._callback = _FETCH(self._fetch)  # kept: C holds its address
@@ -173,7 +172,7 @@ class ExpertPager:
     def need(self, layer: int, experts: Sequence[int] | NDArray[np.int64]) -> None:
         """Have these experts of a layer in memory until the next call. Raises CheckpointError."""
         started = time.perf_counter()
-        self._fade(layer)
+        self._fade()
         for record, read in list(self._reading.items()):
             if read.done():
                 self._finish(record, read)
@@ -202,6 +201,7 @@ class ExpertPager:
         except BaseException as error:  # an exception cannot pass through C
             self.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
             return 1
+        self.failure = None
         return 0
 
     # -- slots ---------------------------------------------------------------------------------------------------------
@@ -219,9 +219,11 @@ class ExpertPager:
         self.stats.read_bytes += len(records) * self._sizes[layer]
 
     def _read_ahead(self, layer: int, keep: NDArray[np.int64]) -> None:
-        """Begin to read what is missing of a layer, as far as there is room beside `keep` and what is of the layer."""
+        """Begin to read what is missing of a layer, as far as there is room beside `keep`, what is of the layer, and
+        what was used more than those of `keep` on average: that is worth more than a moment's waiting."""
         first = layer * self._experts
-        kept = np.concatenate((keep, np.arange(first, first + self._experts)))
+        much_used = np.flatnonzero(self._uses > self._uses[keep].mean())
+        kept = np.concatenate((keep, np.arange(first, first + self._experts), much_used))
         room = len(self._shelves[self._sizes[layer]].free) + len(self._evictable(layer, kept))
         missing = [record for record in range(first, first + self._experts) if self._slot_of[record] < 0][:room]
         self._read(layer, missing, keep=kept)
@@ -292,18 +294,19 @@ class ExpertPager:
 
     # -- counts --------------------------------------------------------------------------------------------------------
 
-    def _fade(self, layer: int) -> None:
-        """Let the counts fade by the tokens that passed. Each layer sees every token, so the most seen is the time."""
-        counts = self._uses[layer * self._experts : (layer + 1) * self._experts]
-        total = float(counts.sum())
-        self._seen[layer] += total - self._counted[layer]
-        self._counted[layer] = total
-        passed = float(self._seen.max()) - self._faded_at
-        if passed >= self._half_life / 32:
-            factor = 0.5 ** (passed / self._half_life)
-            self._uses *= np.float32(factor)
-            self._counted *= factor
-            self._faded_at += passed
+    def _fade(self) -> None:
+        """Let counts fade: rows that came n rows of their layer ago weigh 0.5 ** (n / half-life).
+
+        What came since the last time, which may be a long prompt, is taken to have come evenly.
+        """
+        uses, old = (counts.reshape(self._layers, self._experts) for counts in (self._uses, self._old))
+        came = (uses - old).sum(1)
+        chosen = came >= self._half_life / 32
+        if chosen.any():
+            rows = came[chosen, None]
+            kept = 0.5 ** (rows / self._half_life)
+            weight = (1 - kept) * self._half_life / np.log(2) / rows
+            old[chosen] = uses[chosen] = old[chosen] * kept + (uses[chosen] - old[chosen]) * weight
 
     def _report(self) -> None:
         """A line in the log, now and then, while there is reading."""

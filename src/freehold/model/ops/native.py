@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from freehold.errors import EngineError
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
 from freehold.model.ops.interface import HeadWeights, Weight
@@ -252,8 +253,9 @@ class NativeOps(ReferenceOps):
 
     def _raise(self, result: int) -> NoReturn:
         """What a native call that uses experts failed with."""
-        if result == _PAGING_FAILED and self.pager is not None and self.pager.failure is not None:
-            raise self.pager.failure
+        if result == _PAGING_FAILED:
+            failure = None if self.pager is None else self.pager.failure
+            raise failure or EngineError("an expert that a step needs was not brought into memory")
         raise MemoryError(_NO_SCRATCH)
 
     # -- selection and attention ---------------------------------------------------------------------------------------
