@@ -14,9 +14,8 @@ class EarlyPager(ExpertPager):
     """Tells the kernels of an expert before it has arrived."""
 
     def _finish(self, record: int, read: Future[None]) -> None:
+        del self._reading[record]
         self._publish(record)
-        if read.done():
-            super()._finish(record, read)
 
 
 class ForgetfulPager(ExpertPager):

@@ -45,6 +45,17 @@ ModelNames = Annotated[
     list[str] | None,
     typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
 ]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="API keys, one a line. The variable FREEHOLD_API_KEY has one more.", show_default=False),
+]
+ProfileOption = Annotated[
+    Profile, typer.Option(help="Chat template: auto is the checkpoint's own, the others are built in.")
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Context length in tokens.", min=2, show_default="the model's")]
+CacheBytes = Annotated[
+    str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
+]
 SaltPerKey = Annotated[bool, typer.Option("--salt-per-key", help="Do not share the prefix cache between API keys.")]
 IndexCacheOption = Annotated[
     IndexCache, typer.Option("--index-cache", help="How the indexer's keys are stored: as computed, or in 8 bits.")
@@ -82,23 +93,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to serve on; any but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535)] = 8000,
     served_model_name: ModelNames = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(help="API keys, one a line. The variable FREEHOLD_API_KEY has one more.", show_default=False),
-    ] = None,
+    api_key_file: ApiKeyFile = None,
     salt_per_key: SaltPerKey = False,
-    profile: Annotated[
-        Profile, typer.Option(help="Chat template: auto is the checkpoint's own, the others are built in.")
-    ] = Profile.AUTO,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Context length in tokens.", min=2, show_default="the model's")
-    ] = None,
+    profile: ProfileOption = Profile.AUTO,
+    max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens computed in one step.", min=1)] = 2048,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; one more is refused (429).", min=0)] = 256,
-    cache_bytes: Annotated[
-        str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
-    ] = None,
+    cache_bytes: CacheBytes = None,
     index_cache: IndexCacheOption = IndexCache.AUTO,
     expert_memory: ExpertMemory = None,
     expert_dir: ExpertDir = None,
@@ -132,20 +134,15 @@ def serve(
         raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
     if expert_dir is not None and expert_memory is None:
         raise InvalidRequest("--expert-dir needs --expert-memory")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("freehold.model.pager", "freehold.engine.loading"):
-        logging.getLogger(name).setLevel(logging.INFO)  # what is read from disk, and made on it
+    _log()
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
     names = tuple(served_model_name or ())
     if not all(name.strip() for name in names):
         raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
-    limits: dict[str, Any] = {
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_queue": max_queue,
-    }
+    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
+    limits["max_num_batched_tokens"] = max_num_batched_tokens
     optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
     limits |= {name: value for name, value in optional.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
@@ -153,10 +150,10 @@ def serve(
         if directory is None:
             engine, tokenizer = _sim_engine(limits, sim_prefill_ms, sim_itl_ms, sim_drafts, sim_fault or [])
         else:
-            settings = {"dtype": dtype.value, "threads": threads, "verify": verify, "index_cache": index_cache.value}
-            settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
-            settings |= {"expert_bytes": parse_bytes(expert_memory, "expert-memory"), "expert_dir": expert_dir}
-            engine, tokenizer = _load(directory, limits | settings, clock)
+            limits |= {"dtype": dtype.value, "threads": threads, "verify": verify, "index_cache": index_cache.value}
+            limits |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
+            limits |= {"expert_bytes": parse_bytes(expert_memory, "expert-memory"), "expert_dir": expert_dir}
+            engine, tokenizer = _load(directory, limits, clock)
         sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,
@@ -170,6 +167,12 @@ def serve(
         )
         clock.mark("server")
         server.serve(state, sock, drain_timeout=drain_timeout, notice=_notice(clock if timings else None))
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("freehold.model.pager", "freehold.engine.loading"):
+        logging.getLogger(name).setLevel(logging.INFO)  # what is read from disk, and made on it
 
 
 def _template(directory: Path | None, profile: Profile) -> ChatTemplate:

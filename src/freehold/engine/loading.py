@@ -118,7 +118,7 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     model = Glm(config, dtype=dtype, device="meta", ops=ops).requires_grad_(False).eval()
     if packed:
         pack_model(model, forms(config, options.quantize), paged=paged)
-    model.to_empty(device="cpu")
+    _give_memory(model)
     if options.expert_bytes is None:
         load_weights(model, directory, progress=progress, verify=options.verify)
     else:
@@ -128,6 +128,15 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
         if fits(config, layers := model.decoder_layers):
             model.run_few = FusedLayers(ops, config, layers)
     return model
+
+
+def _give_memory(model: Glm) -> None:
+    """What is still without gets memory, uninitialised. (`Module.to_empty` first imports modules of 30 MB.)"""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
 
 
 def _load_paged(model: Glm, directory: Path, options: EngineOptions, budget: int, progress: Progress | None) -> None:
