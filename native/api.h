@@ -1,8 +1,8 @@
 // The interface that Python loads with ctypes: plain C, pointers and integers.
 //
 // Matrices are row-major; a `_row` or `_head` argument is the distance between rows in elements, the last dimension is
-// contiguous. Values are bf16 unless said. Functions return 0, or 1 when memory ran out.
-// What each computes is said in freehold/model/ops/interface.py.
+// contiguous. Values are bf16 unless said. Functions return 0, 1 when memory ran out, or 2 when a paged expert could not
+// be read. What each computes is said in freehold/model/ops/interface.py.
 #pragma once
 
 #include <cstdint>

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "context.h"
+#include "paged.h"
 
 namespace freehold {
 
@@ -15,6 +16,8 @@ int call(void* context, Fn fn) {
     std::lock_guard<std::mutex> lock(c.mutex);
     fn(c);
     return 0;
+  } catch (const PagingFailed&) {
+    return 2;
   } catch (...) {
     return 1;
   }

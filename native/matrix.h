@@ -15,11 +15,28 @@ constexpr int64_t kPanel = 16, kChunk = 8;
 
 enum class Kind : int64_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3 };
 
+// Where one matrix of a paged stack lies; codes are null while it is not in memory.
+struct Place {
+  const uint8_t* codes;
+  const void* scales;
+};
+
+// A stack of matrices of which only some are in memory. `paged.h` has what is done with it.
+struct Paged {
+  Place* places;  // of each matrix
+  float* uses;    // of each matrix: rows that were sent to it, made smaller with time by whoever reads it
+  int64_t stack;  // what `fetch` is told
+  // Brings these matrices, and those of the stacks that go with this one, into memory, and keeps them there until it is
+  // called again. Returns 0, or 1 if it could not.
+  int (*fetch)(int64_t stack, const int64_t* ids, int64_t count);
+};
+
 struct Matrix {
   const uint8_t* codes;
   const void* scales;  // null for bf16
   int64_t outputs, inner, group;
   Kind kind;
+  const Paged* paged = nullptr;  // of a stack: codes and scales are then those of its places
 
   int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   int64_t groups() const { return (inner + group - 1) / group; }
@@ -32,6 +49,12 @@ struct Matrix {
     const char* scale = static_cast<const char*>(scales);
     return {codes + first * panel_bytes(), scale == nullptr ? nullptr : scale + first * groups() * kPanel * scale_bytes,
             count, inner, group, kind};
+  }
+
+  // Matrix e of a stack of matrices of `outputs`.
+  Matrix at(int64_t e) const {
+    if (paged == nullptr) return part(e * panels(), outputs);
+    return {paged->places[e].codes, paged->places[e].scales, outputs, inner, group, kind};
   }
 };
 

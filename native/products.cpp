@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "paged.h"
+
 namespace freehold {
 namespace {
 
@@ -77,9 +79,9 @@ struct Experts {
   Context& c;
   const ExpertsArgs& a;
 
-  Matrix gate(int64_t e) const { return a.gate_up->part(e * 2 * a.width / kPanel, a.width); }
-  Matrix up(int64_t e) const { return a.gate_up->part((2 * e + 1) * a.width / kPanel, a.width); }
-  Matrix down(int64_t e) const { return a.down->part(e * ((hidden() + kPanel - 1) / kPanel), hidden()); }
+  Matrix gate(int64_t e) const { return a.gate_up->at(e).part(0, a.width); }
+  Matrix up(int64_t e) const { return a.gate_up->at(e).part(a.width / kPanel, a.width); }
+  Matrix down(int64_t e) const { return a.down->at(e); }
   int64_t hidden() const { return a.gate_up->inner; }
 
   void run() const {
@@ -207,7 +209,10 @@ void swiglu(Context& c, const Mlp& mlp, bf16* out, const bf16* x, int64_t x_row,
   (rows <= kRows ? few_swiglu : many_swiglu)(c, mlp, out, x, x_row, rows);
 }
 
-void experts(Context& c, const ExpertsArgs& args) { Experts{c, args}.run(); }
+void experts(Context& c, const ExpertsArgs& args) {
+  if (args.gate_up->paged != nullptr) bring(*args.gate_up->paged, args.ids, args.rows * args.top_k);
+  Experts{c, args}.run();
+}
 
 void absorb(Context& c, bf16* out, const bf16* query, int64_t query_row, int64_t query_head, int64_t rows,
             int64_t heads, int64_t rope, const Matrix& up_key) {

@@ -43,7 +43,7 @@ struct ExpertsArgs {
   const int64_t* ids;
   const float* weights;
   int64_t top_k, experts, width;
-  const Matrix *gate_up, *down;  // stacks of `experts` matrices
+  const Matrix *gate_up, *down;  // stacks of `experts` matrices, both paged or neither
 };
 void experts(Context& c, const ExpertsArgs& args);
 

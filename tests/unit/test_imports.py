@@ -45,6 +45,7 @@ TORCH = {
     "freehold.model.ops.native",
     "freehold.model.ops.reference",
     "freehold.model.packed",
+    "freehold.model.paged",
     "freehold.model.packing",
     "freehold.model.quant",
     "freehold.model.quantize",

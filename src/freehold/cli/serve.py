@@ -17,6 +17,9 @@ from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from freehold.cli.timings import StartClock
     from freehold.engine.engine import Engine
     from freehold.engine.sim import Fault
     from freehold.model.tokenizer import Tokenizer
@@ -39,8 +42,20 @@ ModelNames = Annotated[
     list[str] | None,
     typer.Option(help="Name of the model in the API; repeat it for aliases.", show_default="the directory's"),
 ]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="API keys, one a line. The variable FREEHOLD_API_KEY has one more.", show_default=False),
+]
+ProfileOption = Annotated[
+    Profile, typer.Option(help="Chat template: auto is the checkpoint's own, the others are built in.")
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Context length in tokens.", min=2, show_default="the model's")]
+CacheBytes = Annotated[
+    str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
+]
 SaltPerKey = Annotated[bool, typer.Option("--salt-per-key", help="Do not share the prefix cache between API keys.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Check SHA256SUMS before loading; reads every byte once more.")]
+Timings = Annotated[bool, typer.Option("--timings", help="Print how long each part of the start took.")]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that running requests have to finish after SIGTERM.", min=0)]
 Sim = Annotated[bool, typer.Option("--sim", help="Serve canned text without a model, to test clients with.")]
 PrefillMs = Annotated[float, typer.Option(help="--sim: milliseconds for each 1,000 prompt tokens.", min=0)]
@@ -52,7 +67,22 @@ Faults = Annotated[
     ),
 ]
 
-_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --latent-cache, --draft-tokens, --quantize and --verify"
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for routed experts, such as 24GB; the rest stays on disk, in a file made at the first start.",
+        show_default="all are held",
+    ),
+]
+ExpertDir = Annotated[
+    Path | None,
+    typer.Option(help="--expert-memory: where that file is.", show_default=".freehold in the checkpoint's"),
+]
+
+_FOR_MODEL = (
+    "--cache-bytes, --expert-memory, --threads, --dtype, --index-cache, --latent-cache, --draft-tokens, --quantize "
+    "and --verify"
+)
 
 
 def serve(
@@ -60,31 +90,25 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to serve on; any but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535)] = 8000,
     served_model_name: ModelNames = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(help="API keys, one a line. The variable FREEHOLD_API_KEY has one more.", show_default=False),
-    ] = None,
+    api_key_file: ApiKeyFile = None,
     salt_per_key: SaltPerKey = False,
-    profile: Annotated[
-        Profile, typer.Option(help="Chat template: auto is the checkpoint's own, the others are built in.")
-    ] = Profile.AUTO,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Context length in tokens.", min=2, show_default="the model's")
-    ] = None,
+    profile: ProfileOption = Profile.AUTO,
+    max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens computed in one step.", min=1)] = 2048,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; one more is refused (429).", min=0)] = 256,
-    cache_bytes: Annotated[
-        str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
-    ] = None,
+    cache_bytes: CacheBytes = None,
     index_cache: IndexCacheOption = Stored.AUTO,
     latent_cache: LatentCacheOption = Stored.AUTO,
     draft_tokens: DraftTokens = None,
+    expert_memory: ExpertMemory = None,
+    expert_dir: ExpertDir = None,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
     quantize: QuantizeAs = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     drain_timeout: DrainTimeout = 30.0,
+    timings: Timings = False,
     sim: Sim = False,
     sim_prefill_ms: PrefillMs = 0.0,
     sim_itl_ms: Annotated[float, typer.Option(help="--sim: milliseconds a step.", min=0)] = 0.0,
@@ -92,18 +116,25 @@ def serve(
     sim_fault: Faults = None,
 ) -> None:
     """Serve a checkpoint behind an OpenAI-compatible API."""
+    from freehold.cli.timings import StartClock
+
+    clock = StartClock()
+    clock.mark("interpreter, command line")
     from freehold.serve import server
     from freehold.serve.state import SamplingDefaults
 
+    clock.mark("imports: server")
     if sim == (directory is not None):
         raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
     as_computed = index_cache is latent_cache is Stored.AUTO
     for_model = verify or quantize or dtype is not Dtype.AUTO or not as_computed
-    if sim and (for_model or (cache_bytes, threads, draft_tokens) != (None, None, None)):
+    if sim and (for_model or any(option is not None for option in (cache_bytes, expert_memory, threads, draft_tokens))):
         raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if expert_dir is not None and expert_memory is None:
+        raise InvalidRequest("--expert-dir needs --expert-memory")
+    _log()
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
@@ -112,17 +143,18 @@ def serve(
         raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
     limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
     limits["max_num_batched_tokens"] = max_num_batched_tokens
-    limits |= {} if max_model_len is None else {"max_model_len": max_model_len}
-    limits |= {"model_name": names[0]} if names else {}
+    optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
+    limits |= {name: value for name, value in optional.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
         if directory is None:
             engine, tokenizer = _sim_engine(limits, sim_prefill_ms, sim_itl_ms, sim_drafts, sim_fault or [])
         else:
-            settings = {"dtype": dtype.value, "threads": threads, "verify": verify}
-            settings |= {"index_cache": index_cache.value, "latent_cache": latent_cache.value}
-            settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
-            engine, tokenizer = _load(directory, limits | settings | {"num_draft_tokens": draft_tokens})
+            limits |= {"dtype": dtype.value, "threads": threads, "verify": verify, "num_draft_tokens": draft_tokens}
+            limits |= {"index_cache": index_cache.value, "latent_cache": latent_cache.value}
+            limits |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
+            limits |= {"expert_bytes": parse_bytes(expert_memory, "expert-memory"), "expert_dir": expert_dir}
+            engine, tokenizer = _load(directory, limits, clock)
         sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,
@@ -134,7 +166,14 @@ def serve(
             salt_per_key=salt_per_key,
             loopback=loopback,
         )
-        server.serve(state, sock, drain_timeout=drain_timeout)
+        clock.mark("server")
+        server.serve(state, sock, drain_timeout=drain_timeout, notice=_notice(clock if timings else None))
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("freehold.model.pager", "freehold.engine.loading"):
+        logging.getLogger(name).setLevel(logging.INFO)  # what is read from disk, and made on it
 
 
 def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
@@ -145,12 +184,27 @@ def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
     return ChatTemplate.builtin() if directory is None else ChatTemplate.from_dir(directory)
 
 
-def _load(directory: Path, options: dict[str, Any]) -> tuple[Engine, Tokenizer]:
+def _load(directory: Path, options: dict[str, Any], clock: StartClock) -> tuple[Engine, Tokenizer]:
     from freehold.cli.progress import byte_progress
     from freehold.engine.loading import EngineOptions, build_engine  # imports torch
 
+    clock.mark("imports: torch, engine")
     with byte_progress(f"loading {directory.name}") as progress:
-        return build_engine(directory, EngineOptions(**options), progress)
+        return build_engine(directory, EngineOptions(**options), progress, clock.mark)
+
+
+def _notice(clock: StartClock | None) -> Callable[[str], None]:
+    """Prints what the server has to say; its first words end the start, which a clock then tells of."""
+
+    def say(line: str) -> None:
+        nonlocal clock
+        if clock is not None:
+            clock.mark("first generation")
+            print("\n".join(clock.lines()), flush=True)
+            clock = None
+        print(line, flush=True)
+
+    return say
 
 
 def _sim_engine(
@@ -174,14 +228,14 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_bytes(text: str | None) -> int | None:
+def parse_bytes(text: str | None, option: str = "cache-bytes") -> int | None:
     """`4GiB`, `500MB`, `1.5TiB`, or a number of bytes. Raises InvalidRequest."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise InvalidRequest(f"--cache-bytes {text!r}: give bytes, such as 4GiB or 500MB", param="cache_bytes")
+        raise InvalidRequest(f"--{option} {text!r}: give bytes, such as 4GiB or 500MB", param=option.replace("-", "_"))
     return int(float(match[1]) * unit)
 
 

@@ -163,6 +163,7 @@ class Engine:
             prompt_tokens=metrics.prompt_tokens,
             generation_tokens=metrics.generation_tokens,
             finished=dict(metrics.finished),
+            paging=getattr(self.runner, "paging", None),  # of runners that have a model
         )
 
     def check_integrity(self) -> None:

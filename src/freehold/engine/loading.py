@@ -5,6 +5,7 @@ This is the one place where the engine's settings meet the machine: threads, mem
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ from freehold.model.ops.choose import OpsChoice, load_ops
 from freehold.model.ops.fused import FusedLayers, FusedMtp, fits
 from freehold.model.ops.native import DEFAULT_THREADS, SMALL_ROWS, NativeOps
 from freehold.model.packing import Quantize, forms, pack_model, quantized_otherwise
+from freehold.model.paged import finish, page_experts
 from freehold.model.tokenizer import Tokenizer
 from freehold.model.weights import load_weights
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights load."""
 
+logger = logging.getLogger(__name__)
 DEFAULT_DRAFTS = 3
 """Most draft tokens of a request and step, where nothing else is asked for."""
 
@@ -46,6 +49,8 @@ class EngineOptions:
 
     cache_bytes: memory for the latent and index-key caches; default half of what is available once weights are loaded
     (pages are only committed as they are first used). threads: compute threads; default what torch finds.
+    expert_bytes: memory for routed experts, which then stay on disk, packed, and are read as they are used; default:
+    all are held. expert_dir: where their file is, default `.freehold` in the checkpoint's directory.
     index_cache: "fp8" stores the indexer's keys in 8 bits, half of bf16; near-equal scores may then change places.
     latent_cache: "fp8" stores latents in 8 bits and rope keys in bf16, 57% of bf16 for GLM-5.2; values are then rounded
     to 4 significant bits.
@@ -68,22 +73,32 @@ class EngineOptions:
     index_cache: IndexCache = "auto"
     latent_cache: LatentCache = "auto"
     quantize: Quantize | None = None
+    expert_bytes: int | None = None
+    expert_dir: Path | None = None
     num_draft_tokens: int | None = None
 
 
 def build_engine(
-    directory: str | Path, options: EngineOptions | None = None, progress: Progress | None = None
+    directory: str | Path,
+    options: EngineOptions | None = None,
+    progress: Progress | None = None,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[Engine, Tokenizer]:
     """Load `directory` and return an engine that is ready to step, and its tokenizer.
 
+    mark: called with the name of each part of the work when it ends.
     Raises ConfigError, CheckpointError or InsufficientMemory with one line that names the cause.
     """
     options = options or EngineOptions()
     directory = Path(directory)
     config = GlmConfig.from_file(directory)
+    mark("config")
     tokenizer = Tokenizer.from_dir(directory)
+    mark("tokenizer")
     model = load_model(directory, config, options, progress)
-    engine_config = _engine_config(config, directory, options, model.dtype)
+    mark("weights: mapped, packed")
+    reserved = 0 if model.pager is None else model.pager.untouched_bytes
+    engine_config = _engine_config(config, directory, options, model.dtype, reserved)
     cache = PagedCache(
         config,
         engine_config.num_blocks,
@@ -95,7 +110,9 @@ def build_engine(
     guides = GuideCompiler(tokenizer, config.eos_token_ids)
     sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
     drafts = DraftPolicy(engine_config.num_draft_tokens) if engine_config.num_draft_tokens else None
-    return Engine(engine_config, ModelRunner(model, cache, sampler, drafts)), tokenizer
+    engine = Engine(engine_config, ModelRunner(model, cache, sampler, drafts))
+    mark("cache, sampler, scheduler")
+    return engine, tokenizer
 
 
 def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progress: Progress | None = None) -> Glm:
@@ -116,15 +133,49 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
     # Beside the kernels, what is left to torch is small, and its threads spin for a while after each operation: on the
     # very cores that the kernels' threads need next. While weights are packed they wait for one another instead.
     torch.set_num_threads(1 if native else options.threads or DEFAULT_THREADS)
-    model = Glm(config, dtype=dtype, ops=ops).requires_grad_(False).eval()
-    if (native and dtype is torch.bfloat16) or options.quantize is not None:
-        pack_model(model, forms(config, options.quantize))
-    load_weights(model, directory, progress=progress, verify=options.verify)
-    if isinstance(ops, NativeOps) and fits(config, layers := model.decoder_layers):
-        model.run_few = FusedLayers(ops, config, layers)
-    if isinstance(ops, NativeOps) and model.mtp is not None and fits(config, [model.mtp]):
-        model.mtp_few = FusedMtp(ops, config, model.mtp)
+    packed = (native and dtype is torch.bfloat16) or options.quantize is not None
+    paged = options.expert_bytes is not None
+    if paged and not packed:
+        raise ConfigError("--expert-memory needs weights that the native kernels take (bfloat16), or --quantize")
+    # Without memory first: what is packed gets another kind of it.
+    model = Glm(config, dtype=dtype, device="meta", ops=ops).requires_grad_(False).eval()
+    if packed:
+        pack_model(model, forms(config, options.quantize), paged=paged)
+    _give_memory(model)
+    if options.expert_bytes is None:
+        load_weights(model, directory, progress=progress, verify=options.verify)
+    else:
+        _load_paged(model, directory, options, options.expert_bytes, progress)
+    if isinstance(ops, NativeOps):
+        ops.pager = model.pager
+        if fits(config, layers := model.decoder_layers):
+            model.run_few = FusedLayers(ops, config, layers)
+        if model.mtp is not None and fits(config, [model.mtp]):
+            model.mtp_few = FusedMtp(ops, config, model.mtp)
     return model
+
+
+def _give_memory(model: Glm) -> None:
+    """What is still without gets memory, uninitialised. (`Module.to_empty` first imports modules of 30 MB.)"""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
+
+
+def _load_paged(model: Glm, directory: Path, options: EngineOptions, budget: int, progress: Progress | None) -> None:
+    """Load the weights, those of routed experts into their file if they are not there."""
+    pager = page_experts(model, directory, options.expert_dir, budget, options.quantize or "stored")
+    try:
+        if not pager.file.complete:
+            logger.info("packing routed experts, once, into %s (%.1f GB)", pager.file.path, pager.file.num_bytes / 1e9)
+        load_weights(model, directory, progress=progress, verify=options.verify)
+        finish(pager, verify=options.verify, progress=progress)
+    except BaseException:
+        pager.close()
+        raise
+    model.pager = pager
 
 
 def available_memory() -> int:
@@ -139,7 +190,10 @@ def available_memory() -> int:
     return available
 
 
-def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype) -> EngineConfig:
+def _engine_config(
+    config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype, reserved: int
+) -> EngineConfig:
+    """reserved: bytes that the weights will yet take."""
     per_token = cache_bytes_per_token(config, dtype, options.index_cache, options.latent_cache)
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
@@ -149,10 +203,11 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, d
         )
     drafts = _num_drafts(config, options)
     per_block = per_token * options.block_size
-    budget = options.cache_bytes if options.cache_bytes is not None else available_memory() // 2
+    available = max(0, available_memory() - reserved)
+    budget = options.cache_bytes if options.cache_bytes is not None else available // 2
     useful = options.max_num_seqs * -(-max_model_len // options.block_size)
     num_blocks = min(budget // per_block, useful)
-    if num_blocks * per_block > (available := available_memory()):
+    if num_blocks * per_block > available:
         raise InsufficientMemory(
             f"the cache would take {num_blocks * per_block:,} bytes, and {available:,} are available; "
             "give it less with --cache-bytes"

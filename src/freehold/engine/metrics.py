@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -23,6 +24,9 @@ from prometheus_client.registry import Collector
 
 from freehold.timing import StreamClock
 from freehold.types import FinishReason, TokenChunk
+
+if TYPE_CHECKING:
+    from freehold.model.pager import PagingStats
 
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -45,6 +49,7 @@ class EngineStats:
     waiting: requests that hold no blocks (queued or preempted). kv_usage: fraction of the cache's blocks held.
     prefix_*: prompt tokens looked up, and found, in the prefix cache. draft_rounds: how often a step verified drafts of
     a request; draft_…_at: drafts by place, the first behind the last token at index 0. finished: requests by reason.
+    paging: of routed experts that are read from disk; None if all are held.
     """
 
     running: int = 0
@@ -61,6 +66,7 @@ class EngineStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     finished: Mapping[FinishReason, int] = field(default_factory=dict)
+    paging: PagingStats | None = None
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -209,6 +215,20 @@ class EngineMetrics(Collector):
         yield steps
         yield from self._drafts_by_place(stats)
         yield from self._finished(stats)
+        if stats.paging is not None:
+            yield from self._paging(stats.paging)
+
+    def _paging(self, paging: PagingStats) -> Iterator[Metric]:
+        for name, text, value in (
+            ("expert_reads", "Routed experts read from disk.", paging.reads),
+            ("expert_read_bytes", "Bytes of routed experts read from disk.", paging.read_bytes),
+            ("expert_reads_ahead", "Of these experts, those read before a step asked for them.", paging.ahead),
+            ("expert_reads_wasted", "Of those read ahead, those that went again unused.", paging.wasted),
+            ("expert_wait_seconds", "How long steps stood still for reads of experts.", paging.wait_seconds),
+        ):
+            counter = CounterMetricFamily(f"freehold_{name}", text, labels=["model_name"])
+            counter.add_metric([self.model_name], value)
+            yield counter
 
     def _drafts_by_place(self, stats: EngineStats) -> Iterator[Metric]:
         """The first draft behind the last token is at position 0, as vLLM counts."""

@@ -21,6 +21,7 @@ from freehold.errors import EngineError
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
 from freehold.model.inputs import ForwardInput
+from freehold.model.pager import PagingStats
 from freehold.types import TokenLogprobs
 
 # Rows of prompt logits made at once when a prompt is scored: bounds [rows, vocabulary] in memory.
@@ -70,8 +71,15 @@ class ModelRunner:
             if self.drafter is not None:
                 self.drafter.release(request_id)
 
+    @property
+    def paging(self) -> PagingStats | None:
+        """What paged experts took; None if all are in memory. Any thread may ask."""
+        return None if self.model.pager is None else self.model.pager.stats
+
     def close(self) -> None:
         self._scored.clear()
+        if self.model.pager is not None:
+            self.model.pager.close()
 
     def _add(self, request: NewRequest) -> None:
         self.sampler.add(request)

@@ -32,6 +32,10 @@ class Target:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
+    @property
+    def wanted(self) -> bool:
+        return self.weight.wants(self.index, self.first)
+
     def load(self, source: Source, name: str) -> None:
         self.weight.load(source, self.index, self.first, name=name)
 
@@ -50,6 +54,10 @@ class HeadsTarget:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
+
+    @property
+    def wanted(self) -> bool:
+        return True
 
     def load(self, source: Source, name: str) -> None:
         self.heads.load(source, name=name)

@@ -24,6 +24,7 @@ from freehold.model.mla import Plan
 from freehold.model.mtp import Extended, MtpFew, MtpLayer
 from freehold.model.ops.interface import Ops
 from freehold.model.ops.reference import ReferenceOps
+from freehold.model.pager import ExpertPager
 
 RunFew = Callable[[Tensor, ForwardInput, tuple[Tensor, Tensor], PagedCache], Tensor | None]
 
@@ -55,6 +56,8 @@ class Glm(nn.Module):
         """All layers at once, for steps of few rows; None from it, or no such thing, runs them one by one."""
         self.mtp_few: MtpFew | None = None
         """The MTP layer in one call, likewise."""
+        self.pager: ExpertPager | None = None
+        """Of the routed experts, where they are not all in memory."""
 
     def forward(self, inputs: ForwardInput, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [T, H]. Writes the rows' latents and index keys to `cache`."""

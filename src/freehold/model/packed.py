@@ -50,6 +50,7 @@ class _Matrix(ctypes.Structure):
         ("inner", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("kind", ctypes.c_int64),
+        ("paged", ctypes.c_void_p),
     )
 
 
@@ -70,20 +71,31 @@ class PackedWeight(nn.Module):
         if inner % CHUNK or self.group % CHUNK or (kind in GROUPS and inner % self.group):
             raise ValueError(f"{inner} inputs cannot be packed as {kind} in groups of {self.group}")
         self.panels = -(-outputs // PANEL)
-        panel_bytes = inner * PANEL * _BITS[kind] // 8
-        self.codes = torch.empty(count * self.panels, panel_bytes, dtype=torch.uint8)
-        scales = None
-        if kind != "bf16":
-            groups = -(-inner // self.group)
-            dtype = torch.float32 if kind == "fp8" else torch.bfloat16
-            scales = torch.empty(count * self.panels, groups, PANEL, dtype=dtype)
+        self.panel_bytes = inner * PANEL * _BITS[kind] // 8
+        self._hold()
+
+    def _hold(self, codes: Tensor | None = None, scales: Tensor | None = None) -> None:
+        """Take these as what is held; new memory for what is None."""
+        panels = self.count * self.panels
+        self.codes = torch.empty(panels, self.panel_bytes, dtype=torch.uint8) if codes is None else codes
+        if scales is None and self.kind != "bf16":
+            scales = torch.empty(panels, -(-self.inner // self.group), PANEL, dtype=self.scale_dtype)
         self.scales = scales
-        self._matrix = _Matrix(
-            self.codes.data_ptr(), None if scales is None else scales.data_ptr(), outputs, inner, self.group,
-            KINDS.index(kind),
-        )  # fmt: skip
+        self._describe(self.codes.data_ptr(), None if scales is None else scales.data_ptr(), None)
+
+    def _describe(self, codes: int | None, scales: int | None, paged: int | None) -> None:
+        """Make the C struct, of addresses."""
+        self._matrix = _Matrix(codes, scales, self.outputs, self.inner, self.group, KINDS.index(self.kind), paged)
         self.handle = ctypes.addressof(self._matrix)
         """Address of the C struct, valid as long as this object."""
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.kind == "fp8" else torch.bfloat16
+
+    def wants(self, index: int, first: int) -> bool:
+        """Whether rows first .. of matrix `index` are still to be loaded."""
+        return True
 
     @property
     def shape(self) -> tuple[int, ...]:

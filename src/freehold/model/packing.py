@@ -20,6 +20,7 @@ from freehold.model.mla import LatentAttention
 from freehold.model.moe import Experts, Router
 from freehold.model.names import tensor_specs
 from freehold.model.packed import CHUNK, GROUPS, PANEL, Kind, PackedHeads, PackedWeight, fp8_group
+from freehold.model.paged import PagedStack
 from freehold.model.storage import quantization_scheme
 from freehold.model.storage_fp8 import Fp8Scheme, fp8_quantization, fp8_scheme
 from freehold.model.storage_groups import GroupScheme, group_quantization, group_scheme
@@ -39,8 +40,11 @@ FormOf = Callable[[str], Form]
 """Published tensor name → how its matrix is held."""
 
 
-def pack_model(model: Glm, form_of: FormOf) -> None:
-    """Replace the model's (uninitialised) matrices by packed ones, also uninitialised."""
+def pack_model(model: Glm, form_of: FormOf, *, paged: bool = False) -> None:
+    """Replace the model's (uninitialised) matrices by packed ones, also uninitialised.
+
+    paged: those of routed experts by stacks that `paged.page_experts` then gives memory.
+    """
     for name, module in _named_modules(model):
         if isinstance(module, LatentAttention):
             _pack_heads(module, form_of(f"{name}.kv_b_proj.weight"))
@@ -53,7 +57,8 @@ def pack_model(model: Glm, form_of: FormOf) -> None:
             gate_up = _common(
                 form_of(f"{name}.{i}.{half}_proj.weight") for i in range(count) for half in ("gate", "up")
             )
-            _pack_experts(module, gate_up, _common(form_of(f"{name}.{i}.down_proj.weight") for i in range(count)))
+            down = _common(form_of(f"{name}.{i}.down_proj.weight") for i in range(count))
+            _pack_experts(module, gate_up, down, PagedStack if paged else PackedWeight)
 
 
 def _named_modules(model: Glm) -> Iterator[tuple[str, nn.Module]]:
@@ -129,14 +134,14 @@ def _common(found: Iterable[Form]) -> Form:
     return next(iter(different)) if len(different := set(found)) == 1 else Form("bf16")
 
 
-def _pack_experts(experts: Experts, gate_up_form: Form, down_form: Form) -> None:
+def _pack_experts(experts: Experts, gate_up_form: Form, down_form: Form, stack: type[PackedWeight]) -> None:
     count, hidden, width = experts.down_proj.shape
     up, down = _fitting(gate_up_form, hidden), _fitting(down_form, width)
     if width % PANEL or up is None or down is None:
         return
     del experts.gate_up_proj, experts.down_proj
-    experts.gate_up_proj = _packed(2 * width, hidden, up, count)
-    experts.down_proj = _packed(hidden, width, down, count)
+    experts.gate_up_proj = stack(2 * width, hidden, up.kind, count=count, group=up.group)
+    experts.down_proj = stack(hidden, width, down.kind, count=count, group=down.group)
 
 
 def _pack_heads(attention: LatentAttention, form: Form) -> None:

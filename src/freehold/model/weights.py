@@ -1,8 +1,8 @@
 """Load a safetensors checkpoint into a model: mapped files, one tensor at a time, every tensor used exactly once.
 
 Files are mapped, never read whole and never unpickled; a tensor goes from the mapping straight into the parameter (or
-the view of one) that it belongs to, converted on the way. Private memory is that of the model plus a band of rows, or the
-codes of one group-quantised matrix.
+the view of one) that it belongs to, converted on the way. Private memory is that of the model plus a band of rows, or
+the codes of one group-quantised matrix.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Target(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def wanted(self) -> bool:
+        """False if it has its weights already, from elsewhere."""
+        ...
+
     def load(self, source: Source, name: str) -> None:
         """Take the weights. The source's tensors may be views of a file that is unmapped afterwards: copy them. name:
         the published one, for errors."""
@@ -82,8 +87,10 @@ def load_weights(
             for entry in shard.tensors:
                 name = entry.name.removesuffix(PACKED)
                 target = targets.get(name)
-                if target is not None:  # else it is a scale or a shape, read with its weight
+                # None: a scale or a shape, read with its weight.
+                if target is not None and (isinstance(target, torch.Tensor) or target.wanted):
                     _put(_source(name, entry, data, index), target, name)
+                    _forget(data, entry)
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -188,6 +195,15 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
         yield data  # torch keeps a reference, not a lock: no view may be used after the mapping is closed
     finally:
         data.close()
+
+
+def _forget(data: mmap.mmap, entry: TensorEntry) -> None:
+    """Give back the memory that reading a tensor took: pages of its file, which count as this process's until then."""
+    if hasattr(data, "madvise"):
+        first = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, none of a neighbour
+        size = (entry.offset + entry.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0:
+            data.madvise(mmap.MADV_DONTNEED, first, size)
 
 
 def _check_targets(config: GlmConfig, targets: Mapping[str, torch.Tensor | Target]) -> None:

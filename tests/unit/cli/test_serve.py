@@ -84,6 +84,18 @@ def test_what_cannot_be_served_is_said_in_one_line(
     assert says in line
 
 
+def test_the_size_of_expert_memory_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny(tmp_path, "nano")
+    assert main(["serve", str(tmp_path), "--port", "0", "--expert-memory", "many"]) == 2
+    assert "--expert-memory 'many': give bytes" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--port", "0", "--expert-memory", "1kB"]) == 5
+    assert "a step may need all 16 experts of a layer" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--port", "0", "--expert-dir", str(tmp_path)]) == 2
+    assert "--expert-dir needs --expert-memory" in capsys.readouterr().err
+    assert main(["serve", "--sim", "--expert-memory", "1GB"]) == 2
+    assert "--sim has none" in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) != 0
     assert "nowhere" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from freehold.engine.metrics import EngineMetrics, EngineStats, Histogram
+from freehold.model.pager import PagingStats
 from freehold.types import FinishReason, TokenChunk, Usage
 
 
@@ -104,3 +105,14 @@ def test_histogram_buckets_include_their_bound() -> None:
     family = histogram.family("x", "text", "m")
     buckets = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == "x_bucket"}
     assert buckets == {"1.0": 2, "2.0": 4, "+Inf": 5}
+
+
+def test_paging_is_told_where_there_is_some() -> None:
+    paging = PagingStats(reads=7, read_bytes=700, ahead=3, wasted=1, wait_seconds=0.5)
+    found = scrape(EngineMetrics("m", lambda: EngineStats(paging=paging)))
+    of = {name.removeprefix("freehold_expert_"): value for name, value in found.items() if "expert" in name}
+    assert of == {
+        "reads_total": 7, "read_bytes_total": 700, "reads_ahead_total": 3, "reads_wasted_total": 1,
+        "wait_seconds_total": 0.5,
+    }  # fmt: skip
+    assert not any("expert" in name for name in scrape(EngineMetrics("m", EngineStats)))

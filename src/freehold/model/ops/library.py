@@ -80,7 +80,7 @@ class Native:
     """A context of the library: one instruction set, one pool of threads, scratch memory.
 
     Every entry of `native/api.h` is a method of the same name without `fh_`; it takes addresses and integers, and
-    returns 0, or 1 when memory ran out. Raises NativeUnavailable.
+    returns 0, 1 when memory ran out, or 2 when a paged expert could not be read. Raises NativeUnavailable.
     """
 
     def __init__(self, threads: int, isa: str | None = None) -> None:

@@ -13,10 +13,12 @@ suffixes as in `interface.py`.
 from __future__ import annotations
 
 import ctypes
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from freehold.errors import EngineError
 from freehold.model.index_keys import Fp8Keys, IndexKeys
 from freehold.model.inputs import Span
 from freehold.model.latents import Fp8Latents, Latents
@@ -24,6 +26,7 @@ from freehold.model.ops.interface import HeadWeights, Weight
 from freehold.model.ops.library import Native
 from freehold.model.ops.reference import ReferenceOps
 from freehold.model.packed import PANEL, PackedWeight
+from freehold.model.pager import ExpertPager
 
 DEFAULT_THREADS = torch.get_num_threads()
 """What torch found when this module was first imported: one a core, or OMP_NUM_THREADS."""
@@ -36,6 +39,7 @@ MOST_CHOSEN = 64
 
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _NO_SCRATCH = "a native kernel could not allocate its scratch memory"
+_PAGING_FAILED = 2  # what a native call returns when the pager could not read
 # In the order of Part in native/context.h.
 _PARTS = (
     "norms", "attention.project", "attention.write", "attention.attend", "indexer.project", "indexer.select",
@@ -61,6 +65,8 @@ class NativeOps(ReferenceOps):
         self.threads = threads if threads is not None else DEFAULT_THREADS
         self._native = Native(self.threads, isa)
         self._context = self._native.context
+        self.pager: ExpertPager | None = None
+        """Of the model's experts, if they are paged."""
         self.isa = self._native.isa
 
     # -- projections ---------------------------------------------------------------------------------------------------
@@ -113,8 +119,8 @@ class NativeOps(ReferenceOps):
 
     def run_layers(self, sizes: int, weights: int, count: int, step: int) -> None:
         """fh_layers(): the addresses are those of the structures of native/layers.h. `fused.FusedLayers` calls it."""
-        if self._native.layers(self._context, sizes, weights, count, step):
-            raise MemoryError(_NO_SCRATCH)
+        if result := self._native.layers(self._context, sizes, weights, count, step):
+            self._raise(result)
 
     def profile_parts(self) -> dict[str, float]:
         """Seconds that `run_layers` spent in each part since this was last asked; {} if it did not run."""
@@ -245,12 +251,19 @@ class NativeOps(ReferenceOps):
             return super().experts(x_TH, ids_TX, weights_TX, gate_up_EIH, down_EHI)
         x = _dense(x_TH)
         out = torch.empty((rows, down_EHI.outputs), dtype=_BF16)
-        if self._native.experts(
+        if result := self._native.experts(
             self._context, out.data_ptr(), x.data_ptr(), x.stride(0), rows, ids_TX.data_ptr(), weights_TX.data_ptr(),
             chosen, down_EHI.count, down_EHI.inner, gate_up_EIH.handle, down_EHI.handle,
         ):  # fmt: skip
-            raise MemoryError(_NO_SCRATCH)
+            self._raise(result)
         return out
+
+    def _raise(self, result: int) -> NoReturn:
+        """What a native call that uses experts failed with."""
+        if result == _PAGING_FAILED:
+            failure = None if self.pager is None else self.pager.failure
+            raise failure or EngineError("an expert that a step needs was not brought into memory")
+        raise MemoryError(_NO_SCRATCH)
 
     # -- selection and attention ---------------------------------------------------------------------------------------
 
