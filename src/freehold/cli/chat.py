@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
+from freehold.cli.draft_tokens import DraftTokens
 from freehold.errors import FreeholdError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -48,14 +49,17 @@ def chat(
     model: Annotated[
         str | None, typer.Option(help="With a URL: the model to ask for.", show_default="the first it serves")
     ] = None,
+    draft_tokens: DraftTokens = None,
 ) -> None:
     """Chat with a model in the terminal."""
     if sim == (target is not None):
         raise InvalidRequest("give a checkpoint directory or the URL of an API, or --sim to try it without a model")
     if model is not None and (target is None or not _is_url(target)):
         raise InvalidRequest("--model is for a URL")
+    if draft_tokens is not None and (target is None or _is_url(target)):
+        raise InvalidRequest("--draft-tokens is for a checkpoint directory")
     settings = Settings(system, _effort(effort), temperature, max_tokens)
-    with _backend(target or "sim", model) as backend:
+    with _backend(target or "sim", model, draft_tokens) as backend:
         _Terminal(backend, settings).run()
 
 
@@ -173,7 +177,7 @@ def _is_url(target: str) -> bool:
 
 
 @contextmanager
-def _backend(target: str, model: str | None) -> Iterator[Backend]:
+def _backend(target: str, model: str | None, draft_tokens: int | None) -> Iterator[Backend]:
     if _is_url(target):
         from freehold.background import BackgroundLoop
 
@@ -183,7 +187,8 @@ def _backend(target: str, model: str | None) -> Iterator[Backend]:
     else:
         from freehold.serve.offline import LLM
 
-        with LLM(target) as llm:
+        options: dict[str, Any] = {} if draft_tokens is None else {"num_draft_tokens": draft_tokens}
+        with LLM(target, **options) as llm:
             yield Local(llm)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freehold.cli.draft_tokens import DraftTokens
 from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
@@ -58,7 +59,7 @@ Faults = Annotated[
     ),
 ]
 
-_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --quantize and --verify"
+_FOR_MODEL = "--cache-bytes, --threads, --dtype, --index-cache, --draft-tokens, --quantize and --verify"
 
 
 def serve(
@@ -84,6 +85,7 @@ def serve(
         str | None, typer.Option(help="Memory for the cache, such as 4GiB.", show_default="half of what is free")
     ] = None,
     index_cache: IndexCacheOption = IndexCache.AUTO,
+    draft_tokens: DraftTokens = None,
     verify: Verify = False,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.AUTO,
     quantize: QuantizeAs = None,
@@ -104,7 +106,7 @@ def serve(
     if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
         raise InvalidRequest("--sim-… options need --sim")
     for_model = verify or quantize or dtype is not Dtype.AUTO or index_cache is not IndexCache.AUTO
-    if sim and (for_model or cache_bytes is not None or threads is not None):
+    if sim and (for_model or (cache_bytes, threads, draft_tokens) != (None, None, None)):
         raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keys = server.read_api_keys(api_key_file)
@@ -113,13 +115,10 @@ def serve(
     names = tuple(served_model_name or ())
     if not all(name.strip() for name in names):
         raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
-    limits: dict[str, Any] = {
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_queue": max_queue,
-    }
-    optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
-    limits |= {name: value for name, value in optional.items() if value is not None}
+    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
+    limits["max_num_batched_tokens"] = max_num_batched_tokens
+    limits |= {} if max_model_len is None else {"max_model_len": max_model_len}
+    limits |= {"model_name": names[0]} if names else {}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
         if directory is None:
@@ -127,7 +126,7 @@ def serve(
         else:
             settings = {"dtype": dtype.value, "threads": threads, "verify": verify, "index_cache": index_cache.value}
             settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
-            engine, tokenizer = _load(directory, limits | settings)
+            engine, tokenizer = _load(directory, limits | settings | {"num_draft_tokens": draft_tokens})
         sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,

@@ -105,10 +105,12 @@ class _Times:
         return len(self._seen.get(drafts, ())) >= _ENOUGH
 
     def estimate(self, drafts: int) -> float:
-        """On the line through the nearest measured numbers of drafts; at least two are measured."""
+        """On the line through the nearest measured numbers of drafts; of one, what that takes; of none, nothing."""
         points = {k: median(seconds) for k, seconds in self._seen.items() if len(seconds) >= _ENOUGH}
         if drafts in points:
             return points[drafts]
+        if len(points) < 2:
+            return sum(points.values())
         low, high = sorted(sorted(points, key=lambda k: abs(k - drafts))[:2])
         slope = max(0.0, (points[high] - points[low]) / (high - low))
         return max(points[low] + slope * (drafts - low), 0.0)

@@ -158,6 +158,8 @@ class Engine:
             draft_rounds=counters.draft_rounds,
             draft_proposed=counters.draft_proposed,
             draft_accepted=counters.draft_accepted,
+            draft_proposed_at=tuple(counters.draft_proposed_at),
+            draft_accepted_at=tuple(counters.draft_accepted_at),
             prompt_tokens=metrics.prompt_tokens,
             generation_tokens=metrics.generation_tokens,
             finished=dict(metrics.finished),

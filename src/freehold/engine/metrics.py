@@ -44,7 +44,7 @@ class EngineStats:
 
     waiting: requests that hold no blocks (queued or preempted). kv_usage: fraction of the cache's blocks held.
     prefix_*: prompt tokens looked up, and found, in the prefix cache. draft_rounds: how often a step verified drafts of
-    a request. finished: requests by reason.
+    a request; draft_…_at: drafts by place, the first behind the last token at index 0. finished: requests by reason.
     """
 
     running: int = 0
@@ -56,6 +56,8 @@ class EngineStats:
     draft_rounds: int = 0
     draft_proposed: int = 0
     draft_accepted: int = 0
+    draft_proposed_at: tuple[int, ...] = ()
+    draft_accepted_at: tuple[int, ...] = ()
     prompt_tokens: int = 0
     generation_tokens: int = 0
     finished: Mapping[FinishReason, int] = field(default_factory=dict)
@@ -205,7 +207,21 @@ class EngineMetrics(Collector):
         steps = CounterMetricFamily("freehold_steps", "Engine steps.", labels=["model_name"])
         steps.add_metric([self.model_name], self.steps)
         yield steps
+        yield from self._drafts_by_place(stats)
         yield from self._finished(stats)
+
+    def _drafts_by_place(self, stats: EngineStats) -> Iterator[Metric]:
+        """The first draft behind the last token is at position 0, as vLLM counts."""
+        proposed, accepted = stats.draft_proposed_at, stats.draft_accepted_at
+        for full, text, counts in (
+            ("freehold_spec_decode_num_draft_tokens_per_pos", "Draft tokens proposed, by place.", proposed),
+            ("freehold_spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by place.", accepted),
+            ("vllm:spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by place.", accepted),
+        ):
+            counter = CounterMetricFamily(full, text, labels=["model_name", "position"])
+            for at, count in enumerate(counts):
+                counter.add_metric([self.model_name, str(at)], count)
+            yield counter
 
     def _finished(self, stats: EngineStats) -> Iterator[Metric]:
         text = "Requests that ended, by reason (abort and error included)."

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from freehold.engine.block_manager import BlockManager
 from freehold.engine.request import Request, RequestStatus
@@ -60,7 +60,10 @@ class SchedulerConfig:
 
 @dataclass(slots=True)
 class SchedulerCounters:
-    """Totals since the start. Prefix tokens are counted when a request first runs, not after a preemption."""
+    """Totals since the start. Prefix tokens are counted when a request first runs, not after a preemption.
+
+    draft_…_at: drafts by their place behind the last token, the first at index 0.
+    """
 
     preemptions: int = 0
     prefix_queries: int = 0
@@ -68,6 +71,20 @@ class SchedulerCounters:
     draft_rounds: int = 0
     draft_proposed: int = 0
     draft_accepted: int = 0
+    draft_proposed_at: list[int] = field(default_factory=list)
+    draft_accepted_at: list[int] = field(default_factory=list)
+
+    def count_drafts(self, proposed: int, accepted: int) -> None:
+        """One round: drafts of one request in one step."""
+        self.draft_rounds += 1
+        self.draft_proposed += proposed
+        self.draft_accepted += accepted
+        missing = proposed - len(self.draft_proposed_at)
+        self.draft_proposed_at.extend([0] * missing)
+        self.draft_accepted_at.extend([0] * missing)
+        for at in range(proposed):
+            self.draft_proposed_at[at] += 1
+            self.draft_accepted_at[at] += at < accepted
 
 
 class Scheduler:
@@ -333,9 +350,7 @@ class Scheduler:
     def _count_drafts(self, request: Request, proposed: int, accepted: int) -> None:
         request.draft_proposed += proposed
         request.draft_accepted += accepted
-        self.counters.draft_rounds += 1
-        self.counters.draft_proposed += proposed
-        self.counters.draft_accepted += accepted
+        self.counters.count_drafts(proposed, accepted)
 
     def _publish(self, request: Request) -> None:
         table = request.table

@@ -30,19 +30,21 @@ def finite(logprob: float) -> float:
 def usage_body(prompts: Iterable[Usage], completions: Iterable[tuple[Usage, int]]) -> UsageBody:
     """Sum up an answer. prompts: one usage per prompt, however many choices it has. completions: one usage and its
     reasoning tokens per choice."""
-    prompt_tokens = cached = completion_tokens = reasoning = 0
+    prompt_tokens = cached = completion_tokens = reasoning = proposed = accepted = 0
     for usage in prompts:
         prompt_tokens += usage.prompt_tokens
         cached += usage.cached_tokens
     for usage, thought in completions:
         completion_tokens += usage.completion_tokens
         reasoning += thought
+        proposed += usage.draft_proposed
+        accepted += usage.draft_accepted
     return UsageBody(
         prompt_tokens,
         completion_tokens,
         prompt_tokens + completion_tokens,
         PromptTokensDetails(cached),
-        CompletionTokensDetails(reasoning),
+        CompletionTokensDetails(reasoning, accepted, proposed - accepted),
     )
 
 

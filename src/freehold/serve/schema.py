@@ -253,7 +253,11 @@ class PromptTokensDetails(Struct, frozen=True):
 
 
 class CompletionTokensDetails(Struct, frozen=True):
+    """Of the drafts that were proposed (speculative decoding), how many became output and how many did not."""
+
     reasoning_tokens: int
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class UsageBody(Struct, frozen=True):

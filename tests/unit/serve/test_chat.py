@@ -28,7 +28,8 @@ from freehold.serve.wire import decode
 from freehold.types import TokenLogprobs, Usage
 
 REPLY = Reply("chatcmpl-1", 5, "glm")
-END = TurnFinished("stop", Usage(prompt_tokens=10, completion_tokens=7, cached_tokens=4), reasoning_tokens=2)
+USAGE = Usage(prompt_tokens=10, completion_tokens=7, cached_tokens=4, draft_proposed=5, draft_accepted=3)
+END = TurnFinished("stop", USAGE, reasoning_tokens=2)
 
 
 def messages(*items: dict[str, Any]) -> Any:
@@ -145,7 +146,11 @@ async def test_a_body_has_everything() -> None:
         "completion_tokens": 7,
         "total_tokens": 17,
         "prompt_tokens_details": {"cached_tokens": 4},
-        "completion_tokens_details": {"reasoning_tokens": 2},
+        "completion_tokens_details": {
+            "reasoning_tokens": 2,
+            "accepted_prediction_tokens": 3,
+            "rejected_prediction_tokens": 2,
+        },
     }
 
 
@@ -200,7 +205,9 @@ def test_prompt_logprobs_have_the_prompts_own_token_first() -> None:
 
 
 def test_a_prompt_counts_once_however_many_choices_it_has() -> None:
-    usage = Usage(prompt_tokens=10, completion_tokens=3, cached_tokens=2)
+    usage = Usage(prompt_tokens=10, completion_tokens=3, cached_tokens=2, draft_proposed=4, draft_accepted=1)
     body = usage_body([usage], [(usage, 1), (usage, 2)])
     assert (body.prompt_tokens, body.completion_tokens, body.total_tokens) == (10, 6, 16)
     assert body.completion_tokens_details.reasoning_tokens == 3
+    assert body.completion_tokens_details.accepted_prediction_tokens == 2
+    assert body.completion_tokens_details.rejected_prediction_tokens == 6

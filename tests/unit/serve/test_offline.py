@@ -266,9 +266,11 @@ def test_a_real_checkpoint(tmp_path: Path) -> None:
         params = [SamplingParams(max_tokens=9, seed=seed, top_p=0.8) for seed in range(6)]
         together = llm.generate(["Once upon a time"] * 6, params)
         assert len({result.text for result in together}) > 1
-        assert llm.generate("Once upon a time", params[5]) == [
-            replace(together[5], usage=replace(together[5].usage, cached_tokens=0))
-        ]
+        # A seed gives the same tokens alone; how many of them were drafted depends on what else ran.
+        (alone,) = llm.generate("Once upon a time", params[5])
+        assert replace(alone, usage=replace(alone.usage, draft_proposed=0, draft_accepted=0)) == replace(
+            together[5], usage=replace(together[5].usage, cached_tokens=0, draft_proposed=0, draft_accepted=0)
+        )
         schema = {
             "type": "object",
             "properties": {"a": {"enum": [1, 2]}},
