@@ -10,8 +10,8 @@ Files and names are as published; the engine runs it like any other checkpoint.
 
 `wide` holds the core's matrices in the corners of larger ones, else zero (norm weights account for the dimensions
 that are always zero). Every matrix is stored, read and multiplied in full, so a step costs what it costs with any
-weights of these dimensions; two things do depend on weights, and are the core's: which experts a token takes (4 of 32,
-by a random router), and index_topk, which stays 64.
+weights of these dimensions. Two things are the core's: index_topk, which stays 64, and which experts a token takes, 4
+of 32 by a random router; four neighbouring tokens take 13 different ones, as tokens routed independently would.
 """
 
 from __future__ import annotations

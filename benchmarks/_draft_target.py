@@ -9,7 +9,8 @@ How it is built (core sizes; every block is CODE wide, codes are +1 or -1 and or
                 looks for positions whose P and G are the query's T and F, and serves the next layer
     layer 3     (shares layer 2's selection) one head attends to those positions and copies their T: block Y, the token
                 that followed this word in this stanza. The output head reads Y alone
-    the others  random layers, and random MLPs and experts everywhere, quiet: they disturb the blocks a little
+    the others  random layers, and random MLPs and experts everywhere, quiet: they disturb the blocks a little. Routers
+                do not read what neighbouring tokens have in common, so these take different experts
 
 So the prediction hangs on the indexer, on its sharing and on attention far back, and the engine knows nothing of it.
 What the final norm gives (and an MTP layer sees) holds all blocks, each dimension at its own scale.
@@ -106,6 +107,8 @@ def build_target(raw: dict[str, Any], seed: int = 0) -> Tensors:
         if spec.layer is not None and spec.layer < config.num_hidden_layers:
             quiet = spec.name.endswith(("o_proj.weight", "down_proj.weight"))
             values = values * np.float32(_QUIET) if quiet else values
+            if spec.name.endswith("mlp.gate.weight"):
+                values[:, [CONST, *range(F.start, F.stop), *range(G.start, E.stop)]] = 0
         tensors[spec.name] = values
     _ends(tensors, codes(config.vocab_size, np.random.default_rng(seed)), np.random.default_rng(seed + 1))
     frequencies = config.rope_theta ** (-np.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)

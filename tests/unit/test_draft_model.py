@@ -66,6 +66,20 @@ def test_the_target_continues_songs_and_needs_its_indexer() -> None:
 
 
 @torch.inference_mode()
+def test_neighbouring_tokens_take_different_experts() -> None:
+    """Else verifying drafts would read fewer weights than it does for other models."""
+    model, cache = load(draft_config("core"))
+    chosen: list[torch.Tensor] = []
+    for layer in model.layers[3:]:
+        layer.mlp.gate.register_forward_hook(lambda _module, _args, output: chosen.append(output[0]))
+    model(single_sequence(song(6)), cache)
+    independent = 32 * (1 - (28 / 32) ** 4)
+    for ids_TX in chosen:
+        distinct = [len(ids_TX[row : row + 4].unique()) for row in range(100, 200)]
+        assert sum(distinct) / len(distinct) > 0.9 * independent
+
+
+@torch.inference_mode()
 def test_a_wider_model_computes_the_same() -> None:
     core, wide = load(draft_config("core")), load(draft_config("core") | WIDER)
     tokens = song(4, 1.5)
