@@ -105,9 +105,7 @@ def serve(
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
-    names = tuple(served_model_name or ())
-    if not all(name.strip() for name in names):
-        raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
+    names = _names(served_model_name)
     limits: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -124,18 +122,24 @@ def serve(
             settings |= {"index_cache": index_cache.value, "latent_cache": latent_cache.value}
             settings |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
             engine, tokenizer = _load(directory, limits | settings)
-        sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,
             tokenizer,
             _template(directory, profile),
             model_names=names,
-            sampling=sampling,
+            sampling=SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory),
             api_keys=keys,
             salt_per_key=salt_per_key,
             loopback=loopback,
         )
         server.serve(state, sock, drain_timeout=drain_timeout)
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    names = tuple(given or ())
+    if not all(name.strip() for name in names):
+        raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
+    return names
 
 
 def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
