@@ -138,9 +138,7 @@ def serve(
     keys = server.read_api_keys(api_key_file)
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
-    names = tuple(served_model_name or ())
-    if not all(name.strip() for name in names):
-        raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
+    names = _names(served_model_name)
     limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
     limits["max_num_batched_tokens"] = max_num_batched_tokens
     optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
@@ -155,13 +153,12 @@ def serve(
             limits |= {"quantize": quantize and quantize.value, "cache_bytes": parse_bytes(cache_bytes)}
             limits |= {"expert_bytes": parse_bytes(expert_memory, "expert-memory"), "expert_dir": expert_dir}
             engine, tokenizer = _load(directory, limits, clock)
-        sampling = SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory)
         state = server.build_state(
             engine,
             tokenizer,
             _template(directory, profile),
             model_names=names,
-            sampling=sampling,
+            sampling=SamplingDefaults() if directory is None else SamplingDefaults.from_dir(directory),
             api_keys=keys,
             salt_per_key=salt_per_key,
             loopback=loopback,
@@ -174,6 +171,13 @@ def _log() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("freehold.model.pager", "freehold.engine.loading"):
         logging.getLogger(name).setLevel(logging.INFO)  # what is read from disk, and made on it
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    names = tuple(given or ())
+    if not all(name.strip() for name in names):
+        raise InvalidRequest("--served-model-name is empty; give a name, or leave the option out")
+    return names
 
 
 def _template(directory: Path | None, profile: Profile) -> ChatTemplate:

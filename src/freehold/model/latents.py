@@ -3,10 +3,10 @@
 A slot is one record, read in one piece: kv_lora_rank bytes of E4M3, an fp32 scale for each 128 of them (the last group
 may be shorter), and qk_rope_head_dim bf16 values: 656 bytes for GLM-5.2, where bf16 takes 1,152.
 
-Scales are powers of two. E4M3 is a floating-point format, so a scale that brings the largest value to just 448 would
-round the others no better; and a number of 4 bits times a power of two is a bf16 number, so that reading a latent back
-rounds nothing: attention over 8-bit latents is, bit for bit, attention over the bf16 latents that they stand for.
-Engines that multiply by the stored scale read the same values.
+Scales are powers of two: a number of 4 bits times a power of two is a bf16 number, so reading a latent back rounds
+nothing, and attention over 8-bit latents is, bit for bit, attention over the bf16 latents that they stand for. Scales
+of amax / 448 would round E4M3's numbers little better, as it is a floating-point format: by 4 % of the error
+(benchmarks/cache_formats.py). Engines that multiply by the stored scale read the same values.
 
 Source: vLLM 0.32 `flashmla_sparse.py` and SGLang 0.5.23 (the layout, there with scales of amax / 448); DeepSeek-V3.2
 for power-of-two scales. Shape suffixes: S cache slots, T rows, B bytes of a record, V kv_lora_rank, G its groups,

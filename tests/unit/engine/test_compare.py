@@ -22,6 +22,7 @@ from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inputs import single_sequence
+from freehold.model.latents import Fp8Latents
 from freehold.model.quantize import Scheme, quantize_checkpoint
 from freehold.model.sizes import size_config
 from freehold.model.tiny import make_tiny, write_random_checkpoint
@@ -127,6 +128,23 @@ def test_8_bit_latents_change_every_position_a_little(caches: tuple[CacheCompari
         assert 0 < bucket.kl_mean < 0.05
         assert bucket.top1 > 0.7
     assert both.bytes_per_token < latents.bytes_per_token < latents.bytes_as_computed
+
+
+def test_latents_that_are_read_wrongly_are_seen(
+    made: Path, caches: tuple[CacheComparison, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Fp8Latents.rows
+
+    def with_the_scale_of_the_slot_before(self: Fp8Latents, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows, before = read(self, slots, dtype), self.scales_SG[(slots - 1).clamp(min=0)]
+        factor = (before / self.scales_SG[slots]).repeat_interleave(self.rank, dim=-1)
+        return torch.cat((rows[..., : self.rank] * factor, rows[..., self.rank :]), dim=-1)
+
+    monkeypatch.setattr(Fp8Latents, "rows", with_the_scale_of_the_slot_before)
+    wrong = compare_caches(made / "fp32", TEXT)[1].comparison.total
+    right = caches[1].comparison.total
+    assert wrong.kl_mean > 3 * right.kl_mean
+    assert wrong.top1 < right.top1
 
 
 def test_the_figures_of_caches_by_another_way(made: Path, caches: tuple[CacheComparison, ...]) -> None:
