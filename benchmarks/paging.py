@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import json
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from _common import Report, arguments
-from _paging_policies import POLICIES, hit_rate, made_trace, recorded_trace, router_recall
+from _paging_policies import POLICIES, hit_rate, made_trace, recorded_trace, router_ahead
 
 from freehold.model.sizes import size_config
 from freehold.model.tiny import write_random_checkpoint
@@ -151,9 +151,12 @@ class Bench:
         self.report.samples["hit rates"] = rates
         worst = min(of["fading counts"] - of["least recently used"] for of in rates.values())
         self.report.bar("hit rate above that of least recently used, least", worst, ">=", 0)
-        recall = router_recall(self.directory, 60 if self.quick else 200)
-        self.report.samples["recall of the next layer's router"] = recall
-        print(f"the next layer's router, given this layer's input, names {recall:.1%} of the experts it will choose")
+        guess = router_ahead(self.directory, 60 if self.quick else 200, 0.25)
+        self.report.samples["guesses of the next layer's router"] = asdict(guess)
+        print(
+            f"the next layer's router, given this layer's input, names {guess.recall:.0%} of those it will choose, "
+            f"{guess.missing:.0%} of the missing ones; of the missing ones that it names, {guess.useful:.0%} are chosen"
+        )
 
 
 def rates(found: dict[str, Any]) -> list[float]:
@@ -168,7 +171,7 @@ def timings(directory: Path, options: list[str]) -> dict[str, Any]:
     parts, total, resident = {}, 0.0, 0.0
     try:
         assert server.stdout is not None
-        while select.select([server.stdout], [], [], 600)[0] and (line := server.stdout.readline()):
+        for line in server.stdout:
             if match := re.match(r"start: ([\d.]+) s to the first token, at most ([\d,]+) MB", line):
                 total, resident = float(match[1]), float(match[2].replace(",", "")) * 1e6
             elif match := re.match(r"  (\S.*?) {2,}([\d.]+) s$", line):
