@@ -198,14 +198,38 @@ def recorded_trace(directory: Path, tokens: int, prompt: int) -> Trace:
     return Trace("recorded, random weights", layers, recorder.config.n_routed_experts, steps, frozenset({0}))
 
 
-def router_recall(directory: Path, tokens: int) -> float:
-    """How many of a layer's experts its router names when it is given the layer before's input instead of its own."""
-    recorder, named, chosen = _Recorder(directory), 0, 0
+@dataclass(frozen=True)
+class Guess:
+    """What a layer's router says when it is given the layer before's input instead of its own, while decoding.
+
+    recall: experts it names, of those the layer will choose. missing: the same, of those that are not in memory.
+    useful: of the experts it names that are not in memory, those that the layer will choose: the others would be read,
+    and push others out, for nothing.
+    """
+
+    recall: float
+    missing: float
+    useful: float
+
+
+def router_ahead(directory: Path, tokens: int, share: float) -> Guess:
+    """share: of all experts that fit into memory, where our pager keeps them."""
+    recorder = _Recorder(directory)
+    layers, experts = len(recorder.routers), recorder.config.n_routed_experts
+    file: Any = NoFile(layers, experts)
+    pager = Ours(file, max(experts, int(share * layers * experts)) * file.layout.record_bytes(0), readers=1)
+    named = chosen = named_missing = chosen_missing = both_missing = 0
     for number, step in enumerate(recorder.steps(256, tokens)):
-        if number == 0:
-            continue
-        for layer in range(1, len(step)):
-            guess, _ = recorder.routers[layer].forward(recorder.model.ops, step[layer - 1][0])
-            named += len(set(guess[0].tolist()) & set(step[layer][1][0].tolist()))
-            chosen += step[layer][1].shape[1]
-    return named / chosen
+        for layer, (_, ids_TX) in enumerate(step):
+            own = set(ids_TX.reshape(-1).tolist())
+            if number > tokens // 5 and layer > 0:
+                guess, _ = recorder.routers[layer].forward(recorder.model.ops, step[layer - 1][0])
+                guessed = set(guess[0].tolist())
+                held = set((np.flatnonzero(pager._slot_of[layer * experts :][:experts] >= 0)).tolist())
+                named, chosen = named + len(guessed & own), chosen + len(own)
+                named_missing, chosen_missing = named_missing + len(guessed - held), chosen_missing + len(own - held)
+                both_missing += len((guessed & own) - held)
+            np.add.at(pager._uses, layer * experts + ids_TX.reshape(-1).numpy(), 1)
+            pager.need(layer, list(own))
+    pager.close()
+    return Guess(named / chosen, both_missing / chosen_missing, both_missing / named_missing)

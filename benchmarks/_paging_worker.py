@@ -112,6 +112,8 @@ def main() -> None:
         found["file_bytes"] = pager.file.num_bytes
         if not ASKED["read_ahead"]:
             pager._stages = 0
+            for paged in pager._paged:
+                paged.ahead = type(paged.ahead)()  # null
         if ASKED["disk_seconds"]:  # before anything is in the slots: they are scratch
             found["disk"].append(disk_rate(pager, ASKED["disk_seconds"]))
     for number in range(ASKED["answers"]):

@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import json
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from _common import Report, arguments
-from _paging_policies import POLICIES, hit_rate, made_trace, recorded_trace, router_recall
+from _paging_policies import POLICIES, hit_rate, made_trace, recorded_trace, router_ahead
 
 from freehold.model.sizes import size_config
 from freehold.model.tiny import write_random_checkpoint
@@ -49,7 +49,7 @@ class Bench:
         print(f"made a checkpoint of {self.checkpoint_bytes / GB:.2f} GB in {time.perf_counter() - started:.0f} s")
         # What experts may take, and what the whole process may.
         self.limit = GB if quick else 3 * GB
-        self.budgets = [60 * 10**6, 120 * 10**6] if quick else [1 * GB, 2 * GB]
+        self.budgets = [60 * 10**6, 120 * 10**6] if quick else [1 * GB, 1_800_000_000]
         self.asked: dict[str, Any] = {
             "directory": str(directory), "threads": threads, "cache_bytes": 64 << 20, "chunk": 2048, "quantize": None,
             "memory": None, "limit": None, "read_ahead": True, "disk_seconds": 0.0, "answers": 3 if quick else 5,
@@ -98,18 +98,19 @@ class Bench:
             self.report.bar("checkpoint, GB", self.checkpoint_bytes / GB, ">=", 6)
 
     def read_ahead(self) -> None:
-        """Prompts with and without reading the next layer while one is computed, in pairs."""
-        pairs: dict[str, list[float]] = {"with": [], "without": []}
-        for _ in range(1 if self.quick else 3):
-            for name in pairs:
-                found = self.engine(
-                    memory=self.budgets[-1], read_ahead=name == "with", prompt=1024, tokens=1, answers=3
-                )
-                pairs[name] += [1024 / answer["ttft"] for answer in found["answers"][1:]]
-        self.report.samples["prompts, tokens/s, read ahead"] = pairs
-        ratio = median(a / b for a, b in zip(*pairs.values(), strict=True))
-        print(f"prompts: {median(pairs['with']):,.0f} tokens/s, {median(pairs['without']):,.0f} without reading ahead")
-        self.report.bar("prompts with reading ahead, of without", ratio, ">=", 0.7 if self.quick else 1.0)
+        """With and without reading for the next layer while one is computed, in pairs of engines."""
+        found: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
+        for _ in range(1 if self.quick else 4):
+            for name in found:
+                engine = self.engine(memory=self.budgets[-1], read_ahead=name == "with", prompt=1024, answers=3)
+                found[name] += list(engine["answers"][1:])
+        self.report.samples["reading ahead"] = found
+        for what, seconds in (("prompts", "ttft"), ("decoding", "decode_seconds")):
+            times = {name: [answer[seconds] for answer in answers] for name, answers in found.items()}
+            ratio = median(b / a for a, b in zip(*times.values(), strict=True))
+            extra = sum(a["decode"]["wasted"] for a in found["with"]) / sum(a["decode"]["reads"] for a in found["with"])
+            print(f"{what}: reading ahead makes it {ratio:.2f} times as fast; {extra:.0%} of reads are in vain")
+            self.report.bar(f"{what} with reading ahead, of the speed without", ratio, ">=", 0.7 if self.quick else 1.0)
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -151,9 +152,12 @@ class Bench:
         self.report.samples["hit rates"] = rates
         worst = min(of["fading counts"] - of["least recently used"] for of in rates.values())
         self.report.bar("hit rate above that of least recently used, least", worst, ">=", 0)
-        recall = router_recall(self.directory, 60 if self.quick else 200)
-        self.report.samples["recall of the next layer's router"] = recall
-        print(f"the next layer's router, given this layer's input, names {recall:.1%} of the experts it will choose")
+        guess = router_ahead(self.directory, 60 if self.quick else 200, 0.25)
+        self.report.samples["guesses of the next layer's router"] = asdict(guess)
+        print(
+            f"the next layer's router, given this layer's input, names {guess.recall:.0%} of those it will choose, "
+            f"{guess.missing:.0%} of the missing ones; of the missing ones that it names, {guess.useful:.0%} are chosen"
+        )
 
 
 def rates(found: dict[str, Any]) -> list[float]:
@@ -168,7 +172,7 @@ def timings(directory: Path, options: list[str]) -> dict[str, Any]:
     parts, total, resident = {}, 0.0, 0.0
     try:
         assert server.stdout is not None
-        while select.select([server.stdout], [], [], 600)[0] and (line := server.stdout.readline()):
+        for line in server.stdout:
             if match := re.match(r"start: ([\d.]+) s to the first token, at most ([\d,]+) MB", line):
                 total, resident = float(match[1]), float(match[2].replace(",", "")) * 1e6
             elif match := re.match(r"  (\S.*?) {2,}([\d.]+) s$", line):

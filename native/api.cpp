@@ -79,6 +79,7 @@ int fh_experts(void* context, void* out, const void* x, int64_t x_row, int64_t r
                const float* weights, int64_t top_k, int64_t experts, int64_t width, const freehold::Matrix* gate_up,
                const freehold::Matrix* down) {
   return call(context, [&](Context& c) {
+    freehold::bring(gate_up->paged, ids, rows * top_k);
     freehold::experts(c, {static_cast<bf16*>(out), static_cast<const bf16*>(x), x_row, rows, ids, weights, top_k,
                           experts, width, gate_up, down});
   });

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "attend.h"
+#include "paged.h"
 #include "products.h"
 
 namespace freehold {
@@ -11,8 +12,8 @@ namespace {
 // Memory of one layer's values, cut from one block.
 struct Room {
   bf16 *x, *query_latent, *compressed, *index_key, *query, *index_query, *absorbed, *mixed, *values, *y, *shared;
-  float *index_weights, *scores, *expert_weights;
-  int64_t* ids;
+  float *index_weights, *scores, *expert_weights, *next_weights;
+  int64_t *ids, *next_ids;
 
   template <class T>
   static T* take(char*& at, int64_t count) {
@@ -37,7 +38,9 @@ struct Room {
     index_weights = take<float>(at, rows * s.index_heads);
     scores = take<float>(at, rows * experts);
     expert_weights = take<float>(at, rows * s.chosen);
+    next_weights = take<float>(at, rows * s.chosen);
     ids = take<int64_t>(at, rows * s.chosen);
+    next_ids = take<int64_t>(at, rows * s.chosen);
     return at;
   }
 };
@@ -171,7 +174,29 @@ struct Runner {
     c.clock.mark(Part::kIndexerSelect);
   }
 
-  void mlp(const LayerWeights& w) {
+  // The experts that a layer's router chooses for room.x.
+  void choose(const LayerWeights& w, int64_t* ids, float* weights) const {
+    const bf16* xs[kMostRows];
+    void* scores[kMostRows];
+    for (int64_t m = 0; m < step.rows; ++m) xs[m] = room.x + m * s.hidden, scores[m] = room.scores + m * w.experts;
+    const ProductArgs router{w.router, xs, scores, step.rows, nullptr, true};
+    any_product(c, router);
+    route(c, {w.router_bias, w.experts, s.chosen, s.normalise != 0, float(s.router_scale)}, room.scores, step.rows, ids,
+          weights);
+  }
+
+  // The layers' inputs differ little, so the next layer's router already names most of the experts it will choose:
+  // reading begins, and this layer is computed meanwhile.
+  void look_ahead(const LayerWeights& next) const {
+    const Paged* paged = next.experts == 0 ? nullptr : next.expert_gate_up->paged;
+    if (paged == nullptr || paged->ahead == nullptr) return;
+    choose(next, room.next_ids, room.next_weights);
+    const int64_t count = step.rows * s.chosen;
+    if (any_missing(*paged, room.next_ids, count)) paged->ahead(paged->stack, room.next_ids, count);
+  }
+
+  // next: null after the last layer.
+  void mlp(const LayerWeights& w, const LayerWeights* next) {
     norm(room.x, step.hidden, s.hidden, w.post_norm, s.eps);
     c.clock.mark(Part::kNorms);
     if (w.experts == 0) {
@@ -179,14 +204,10 @@ struct Runner {
       add(step.hidden, room.y);
       return c.clock.mark(Part::kMlp);
     }
-    const bf16* xs[kMostRows];
-    void* scores[kMostRows];
-    for (int64_t m = 0; m < step.rows; ++m) xs[m] = room.x + m * s.hidden, scores[m] = room.scores + m * w.experts;
-    const ProductArgs router{w.router, xs, scores, step.rows, nullptr, true};
-    any_product(c, router);
-    route(c, {w.router_bias, w.experts, s.chosen, s.normalise != 0, float(s.router_scale)}, room.scores, step.rows,
-          room.ids, room.expert_weights);
+    choose(w, room.ids, room.expert_weights);
     c.clock.mark(Part::kRouter);
+    bring(w.expert_gate_up->paged, room.ids, step.rows * s.chosen);
+    if (next != nullptr) look_ahead(*next);
     experts(c, {room.y, room.x, s.hidden, step.rows, room.ids, room.expert_weights, s.chosen, w.experts,
                 s.expert_width, w.expert_gate_up, w.expert_down});
     c.clock.mark(Part::kExperts);
@@ -210,7 +231,7 @@ void run_layers(Context& c, const LayerSizes& sizes, const LayerWeights* layers,
   c.clock.start();
   for (int64_t i = 0; i < count; ++i) {
     runner.attention(layers[i], step.latents[i], step.keys[i], step.scales[i]);
-    runner.mlp(layers[i]);
+    runner.mlp(layers[i], i + 1 < count ? &layers[i + 1] : nullptr);
   }
 }
 

@@ -29,6 +29,8 @@ struct Paged {
   // Brings these matrices, and those of the stacks that go with this one, into memory, and keeps them there until it is
   // called again. Returns 0, or 1 if it could not.
   int (*fetch)(int64_t stack, const int64_t* ids, int64_t count);
+  // Begins to read what is missing of these, while the layer before this stack's is computed.
+  void (*ahead)(int64_t stack, const int64_t* ids, int64_t count);
 };
 
 struct Matrix {

@@ -2,8 +2,6 @@
 
 #include <cstring>
 
-#include "paged.h"
-
 namespace freehold {
 namespace {
 
@@ -209,10 +207,7 @@ void swiglu(Context& c, const Mlp& mlp, bf16* out, const bf16* x, int64_t x_row,
   (rows <= kRows ? few_swiglu : many_swiglu)(c, mlp, out, x, x_row, rows);
 }
 
-void experts(Context& c, const ExpertsArgs& args) {
-  if (args.gate_up->paged != nullptr) bring(*args.gate_up->paged, args.ids, args.rows * args.top_k);
-  Experts{c, args}.run();
-}
+void experts(Context& c, const ExpertsArgs& args) { Experts{c, args}.run(); }
 
 void absorb(Context& c, bf16* out, const bf16* query, int64_t query_row, int64_t query_head, int64_t rows,
             int64_t heads, int64_t rope, const Matrix& up_key) {

@@ -43,7 +43,7 @@ struct ExpertsArgs {
   const int64_t* ids;
   const float* weights;
   int64_t top_k, experts, width;
-  const Matrix *gate_up, *down;  // stacks of `experts` matrices, both paged or neither
+  const Matrix *gate_up, *down;  // stacks of `experts` matrices; paged ones have been brought into memory
 };
 void experts(Context& c, const ExpertsArgs& args);
 

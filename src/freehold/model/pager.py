@@ -40,7 +40,9 @@ class _Place(ctypes.Structure):
     _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
 
 
-_FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
+_IDS = ctypes.POINTER(ctypes.c_int64)
+_FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, _IDS, ctypes.c_int64)
+_AHEAD = ctypes.CFUNCTYPE(None, ctypes.c_int64, _IDS, ctypes.c_int64)
 
 
 class _Paged(ctypes.Structure):
@@ -48,6 +50,7 @@ class _Paged(ctypes.Structure):
 
     _fields_ = (
         ("places", ctypes.c_void_p), ("uses", ctypes.c_void_p), ("stack", ctypes.c_int64), ("fetch", _FETCH),
+        ("ahead", _AHEAD),
     )  # fmt: skip
 
 
@@ -130,12 +133,12 @@ class ExpertPager:
         self._slot_of = np.full(records, -1, np.int64)  # record → slot, also while it is being read
         self._owner = np.full(count, -1, np.int64)  # slot → record
         self._reading: dict[int, Future[None]] = {}  # record → its read
-        self._ahead: set[int] = set()  # records that nobody has asked for yet
+        self._ahead: dict[int, float] = {}  # records read before they were asked for: their counts then
         self._uses = np.zeros(records, np.float32)
         self._old = np.zeros(records, np.float32)  # what the counts were when those of their layer last faded
         self._layer_of = np.arange(records) // self._experts
         self._places = (_Place * (records * 2))()
-        self._callback = _FETCH(self._fetch)  # kept: C holds its address
+        self._callbacks = _FETCH(self._fetch), _AHEAD(self._look_ahead)  # kept: C holds their addresses
         self._paged = (_Paged * (self._layers * 2))(*self._describe())
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
         self._reported, self._reported_bytes = time.monotonic(), 0
@@ -148,7 +151,7 @@ class ExpertPager:
                 places + size * self._experts * (2 * layer + matrix),
                 uses + 4 * self._experts * layer,
                 layer,
-                self._callback,
+                *self._callbacks,
             )
             for layer in range(self._layers)
             for matrix in (0, 1)
@@ -173,16 +176,17 @@ class ExpertPager:
         """Have these experts of a layer in memory until the next call. Raises CheckpointError."""
         started = time.perf_counter()
         self._fade()
-        for record, read in list(self._reading.items()):
-            if read.done():
-                self._finish(record, read)
+        self._collect()
         wanted = np.unique(np.asarray(experts, np.int64)) + layer * self._experts
         missing = [record for record in wanted.tolist() if self._slot_of[record] < 0]
         self._read(layer, missing, keep=wanted)
         if len(wanted) >= _MANY * self._experts and layer + 1 < self._stages:
-            self._read_ahead(layer + 1, keep=wanted)
+            # What was used more than those of this layer on average is worth more than a moment's waiting.
+            much_used = np.flatnonzero(self._uses > self._uses[wanted].mean())
+            following = np.arange(self._experts) + (layer + 1) * self._experts
+            self._read_ahead(layer + 1, following, keep=np.concatenate((wanted, following, much_used)))
         for record in wanted.tolist():
-            self._ahead.discard(record)
+            self._ahead.pop(record, None)
             if record in self._reading:
                 self._finish(record, self._reading[record])
         self.stats.wait_seconds += time.perf_counter() - started
@@ -192,6 +196,13 @@ class ExpertPager:
         """Stop reading. The kernels must not be called any more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.file.close()
+
+    def guess(self, layer: int, experts: Sequence[int] | NDArray[np.int64]) -> None:
+        """Begin to read what is missing of these experts of a layer, which the layer before, now computed, names."""
+        self._collect()
+        wanted = np.unique(np.asarray(experts, np.int64)) + layer * self._experts
+        before = np.arange((layer - 1) * self._experts, layer * self._experts)
+        self._read_ahead(layer, wanted, keep=np.concatenate((before, wanted)))
 
     # -- called from the kernels ---------------------------------------------------------------------------------------
 
@@ -203,6 +214,12 @@ class ExpertPager:
             return 1
         self.failure = None
         return 0
+
+    def _look_ahead(self, stack: int, ids: Any, count: int) -> None:
+        try:
+            self.guess(stack, np.ctypeslib.as_array(ids, (count,)))
+        except Exception as error:  # nobody needs these experts yet; who does will be told
+            logger.warning("experts were not read ahead: %s", error)
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
@@ -218,17 +235,19 @@ class ExpertPager:
         self.stats.reads += len(records)
         self.stats.read_bytes += len(records) * self._sizes[layer]
 
-    def _read_ahead(self, layer: int, keep: NDArray[np.int64]) -> None:
-        """Begin to read what is missing of a layer, as far as there is room beside `keep`, what is of the layer, and
-        what was used more than those of `keep` on average: that is worth more than a moment's waiting."""
-        first = layer * self._experts
-        much_used = np.flatnonzero(self._uses > self._uses[keep].mean())
-        kept = np.concatenate((keep, np.arange(first, first + self._experts), much_used))
-        room = len(self._shelves[self._sizes[layer]].free) + len(self._evictable(layer, kept))
-        missing = [record for record in range(first, first + self._experts) if self._slot_of[record] < 0][:room]
-        self._read(layer, missing, keep=kept)
-        self._ahead.update(missing)
+    def _read_ahead(self, layer: int, records: NDArray[np.int64], keep: NDArray[np.int64]) -> None:
+        """Begin to read what is missing of these records of a layer, as far as there is room beside `keep`."""
+        room = len(self._shelves[self._sizes[layer]].free) + len(self._evictable(layer, keep))
+        missing = [record for record in records.tolist() if self._slot_of[record] < 0][:room]
+        self._read(layer, missing, keep)
+        self._ahead.update((record, float(self._uses[record])) for record in missing)
         self.stats.ahead += len(missing)
+
+    def _collect(self) -> None:
+        """Finish the reads that have ended."""
+        for record, read in list(self._reading.items()):
+            if read.done():
+                self._finish(record, read)
 
     def _finish(self, record: int, read: Future[None]) -> None:
         del self._reading[record]
@@ -288,8 +307,7 @@ class ExpertPager:
             self._places[(2 * layer + matrix) * self._experts + expert].codes = None
         self._owner[slot] = self._slot_of[record] = -1
         self._shelves[self._sizes[layer]].free.append(slot)
-        if record in self._ahead:
-            self._ahead.discard(record)
+        if self._ahead.pop(record, -1.0) >= self._uses[record]:
             self.stats.wasted += 1
 
     # -- counts --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import ctypes
 import math
 import random
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,48 @@ def test_a_read_ahead_leaves_what_is_computed_alone(made: Any) -> None:
     assert pager.stats.ahead == 1
 
 
+def test_a_guess_is_read_while_the_layer_before_is_computed(made: Any) -> None:
+    file = File()
+    pager = made(file, 6)
+    use(pager, 0, 1, 2)
+    pager.guess(1, [0, 3, 3])
+    assert pager.stats.ahead == 2
+    assert {(0, 1), (0, 2)} <= in_memory(pager)
+    use(pager, 1, 3, 2)  # one of them was right
+    assert pager.stats.reads == 5
+    use(pager, 2, 0)
+    use(pager, 0, 0, times=5)
+    use(pager, 2, 1)
+    assert pager.stats.wasted == 1
+    assert (1, 0) not in in_memory(pager)
+
+
+def test_a_guess_takes_no_slot_of_the_layer_that_is_computed(made: Any) -> None:
+    """Not even of experts that were in memory already, for which nobody called."""
+    pager = made(File(), 4)
+    use(pager, 1, 0, 1)
+    use(pager, 0, 0, times=9)
+    use(pager, 1, 0, 1)  # found, without a call
+    pager.guess(2, [0, 1, 2, 3])
+    assert in_memory(pager) == {(1, 0), (1, 1)}
+    assert pager.stats.ahead == 2
+
+
+def test_a_guess_that_cannot_be_read_harms_nobody(made: Any, caplog: pytest.LogCaptureFixture) -> None:
+    file = File()
+    pager = made(file, 8)
+    file.broken.add((1, 2))
+    ids = (ctypes.c_int64 * 2)(2, 3)
+    for _ in range(2):
+        pager._look_ahead(1, ctypes.cast(ids, ctypes.POINTER(ctypes.c_int64)), 2)
+        while not all(read.done() for read in pager._reading.values()):
+            time.sleep(0.001)
+    assert "the disk is broken" in caplog.text
+    use(pager, 0, 1)
+    file.broken.clear()
+    use(pager, 1, 2, 3)
+
+
 def test_nothing_is_present_before_it_has_arrived(made: Any) -> None:
     file = File()
     pager = made(file, 8)
@@ -247,6 +291,9 @@ def test_any_order_of_uses_keeps_the_bound_and_the_contents(made: Any, seed: int
         layer = choose.randrange(4)
         if choose.random() < 0.05:
             file.broken = {(choose.randrange(4), choose.randrange(4))}
+        if choose.random() < 0.3 and layer < 3:
+            with suppress(CheckpointError):
+                pager.guess(layer + 1, [choose.randrange(EXPERTS) for _ in range(2)])
         try:
             use(pager, layer, *(choose.randrange(EXPERTS) for _ in range(choose.randrange(1, 7))))
         except CheckpointError:
