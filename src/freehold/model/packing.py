@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from freehold.model.config import GlmConfig
@@ -124,7 +125,8 @@ def _replace(module: nn.Module, attribute: str, form: Form) -> None:
     weight: Tensor = getattr(module, attribute)
     outputs, inner = weight.shape
     fitting = _fitting(form, inner)
-    if fitting is not None:
+    kept = fitting == Form("bf16") and weight.dtype is torch.float32  # what is not quantised is not rounded either
+    if fitting is not None and not kept:
         delattr(module, attribute)
         setattr(module, attribute, _packed(outputs, inner, fitting))
 

@@ -1,8 +1,8 @@
 """Load a safetensors checkpoint into a model: mapped files, one tensor at a time, every tensor used exactly once.
 
 Files are mapped, never read whole and never unpickled; a tensor goes from the mapping straight into the parameter (or
-the view of one) that it belongs to, converted on the way. Private memory is that of the model plus a band of rows, or
-the codes of one group-quantised matrix.
+the view of one) that it belongs to, converted on the way. Private memory is that of the model plus some rows, or the
+codes of one group-quantised matrix.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -263,6 +265,14 @@ def test_formats_of_what_is_loaded(nano: Path) -> None:
 def test_refusals(options: BenchOptions, message: str, nano: Path) -> None:
     with pytest.raises(InvalidRequest, match=message):
         bench_engine(nano, options, silent)
+
+
+def test_the_first_token_may_be_one_that_ends(nano: Path, tmp_path: Path) -> None:
+    shutil.copytree(nano, tmp_path / "model")
+    raw = json.loads((nano / "config.json").read_text()) | {"eos_token_id": [0]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    options = BenchOptions(contexts=(20,), prefills=(), samples=3, threads=1)
+    assert len(bench_engine(tmp_path / "model", options, silent).scenarios) == 1
 
 
 def test_a_cache_that_does_not_fit_is_refused(nano: Path) -> None:

@@ -24,7 +24,8 @@ from freehold.model.glm import Glm
 from freehold.model.packed import PackedWeight
 from freehold.model.packing import Quantize
 from freehold.model.quantize import quantize_checkpoint
-from freehold.model.tiny import make_tiny
+from freehold.model.sizes import size_config
+from freehold.model.tiny import make_tiny, write_random_checkpoint
 from freehold.types import SamplingParams
 from tests.native_cases import needs_native
 
@@ -106,6 +107,20 @@ def test_a_weight_that_is_no_number_is_named(made: Path, tmp_path: Path, scheme:
         scheme = "int4"  # nano's experts have no whole groups of int8
     with pytest.raises(CheckpointError, match=f"'{name}' has a weight that is NaN or infinite"):
         load_model(tmp_path / "in", config, replace(OPTIONS, quantize=scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_an_fp32_model_does_not_quantise_is_not_rounded(tmp_path: Path, scheme: Quantize) -> None:
+    write_random_checkpoint(size_config("nano"), tmp_path, 5, dtype="float32")
+    config = GlmConfig.from_file(tmp_path)
+    plain, quantised = (load_model(tmp_path, config, replace(OPTIONS, quantize=q)) for q in (None, scheme))
+    for model in (plain, quantised):
+        assert model.dtype is torch.float32
+    for path in ("layers.4.mlp.gate", "layers.0.self_attn.indexer.weights_proj", "mtp.input.eh_proj"):
+        weights = [model.get_submodule(path).weight for model in (plain, quantised)]
+        assert isinstance(weights[1], torch.Tensor), path
+        assert torch.equal(*weights)
+    assert isinstance(quantised.get_submodule("layers.4.self_attn.q_a_proj").weight, PackedWeight)
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("int8", "int4"), ("int4", "int8"), ("int4", "fp8")])

@@ -208,7 +208,7 @@ class _Bench:
         self._engine, self._runner, self._tokenizer, self._detokenizer = engine, runner, tokenizer, detokenizer
         self._options, self._ceilings = options, ceilings
         self._random = random.Random(_SEED)
-        self._ordinary = min(engine.config.eos_token_ids)  # ids below are text
+        self._ordinary = min(engine.config.eos_token_ids) or engine.config.vocab_size  # ids below are text
         self._profiler = Profiler(runner)
         self._feed = engine.runner = _Feed(runner, self._draw)
         self._requests = 0
