@@ -55,7 +55,8 @@ class EngineOptions:
     latent_cache: "fp8" stores latents in 8 bits and rope keys in bf16, 57% of bf16 for GLM-5.2; values are then rounded
     to 4 significant bits.
     num_draft_tokens: the most tokens that the MTP layer drafts for a request and step; 0 turns drafting off. Default
-    DEFAULT_DRAFTS where the checkpoint has such a layer.
+    DEFAULT_DRAFTS where the checkpoint has such a layer and drafts cannot change a token: with the native kernels, and
+    in fp32.
     """
 
     model_name: str | None = None
@@ -97,8 +98,7 @@ def build_engine(
     mark("tokenizer")
     model = load_model(directory, config, options, progress)
     mark("weights: mapped, packed")
-    reserved = 0 if model.pager is None else model.pager.untouched_bytes
-    engine_config = _engine_config(config, directory, options, model.dtype, reserved)
+    engine_config = _engine_config(config, directory, options, model)
     cache = PagedCache(
         config,
         engine_config.num_blocks,
@@ -190,18 +190,16 @@ def available_memory() -> int:
     return available
 
 
-def _engine_config(
-    config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype, reserved: int
-) -> EngineConfig:
-    """reserved: bytes that the weights will yet take."""
-    per_token = cache_bytes_per_token(config, dtype, options.index_cache, options.latent_cache)
+def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, model: Glm) -> EngineConfig:
+    per_token = cache_bytes_per_token(config, model.dtype, options.index_cache, options.latent_cache)
+    reserved = 0 if model.pager is None else model.pager.untouched_bytes
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise InvalidRequest(
             f"--max-model-len {max_model_len} exceeds the model's {config.max_position_embeddings} positions",
             param="max_model_len",
         )
-    drafts = _num_drafts(config, options)
+    drafts = _num_drafts(config, options, model)
     per_block = per_token * options.block_size
     available = max(0, available_memory() - reserved)
     budget = options.cache_bytes if options.cache_bytes is not None else available // 2
@@ -233,11 +231,16 @@ def _engine_config(
     )
 
 
-def _num_drafts(config: GlmConfig, options: EngineOptions) -> int:
-    """How many tokens to draft at most; by default no more than the token budget has room for."""
+def _num_drafts(config: GlmConfig, options: EngineOptions, model: Glm) -> int:
+    """How many tokens to draft at most; by default no more than the token budget has room for.
+
+    And by default none where a row of a small step may come out otherwise in company, so that drafts could change a
+    token: in bf16 without all of the native kernels.
+    """
     asked = options.num_draft_tokens
     if asked is None:
-        return min(DEFAULT_DRAFTS, options.max_num_batched_tokens - 1) if config.has_mtp else 0
+        is_exact = model.run_few is not None or model.dtype is torch.float32
+        return min(DEFAULT_DRAFTS, options.max_num_batched_tokens - 1) if config.has_mtp and is_exact else 0
     if not 0 <= asked <= MOST_DRAFTS:
         raise InvalidRequest(f"--draft-tokens {asked}: must be 0 to {MOST_DRAFTS}", param="num_draft_tokens")
     if asked and not config.has_mtp:

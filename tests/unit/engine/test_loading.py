@@ -109,6 +109,7 @@ def test_available_memory_is_below_the_machines() -> None:
     assert 0 < available_memory() <= total
 
 
+@needs_native
 def test_how_many_tokens_are_drafted(nano: Path, tmp_path: Path) -> None:
     def drafts(directory: Path, **options: Any) -> tuple[int, bool]:
         engine, _ = build_engine(directory, EngineOptions(cache_bytes=1 << 22, **options))
@@ -116,6 +117,9 @@ def test_how_many_tokens_are_drafted(nano: Path, tmp_path: Path) -> None:
         return engine.config.num_draft_tokens, engine.runner.drafter is not None
 
     assert drafts(nano) == (3, True)
+    assert drafts(nano, dtype="float32") == (3, True)
+    assert drafts(nano, ops="reference") == (0, False), "torch's bf16 products of several rows are not those of one"
+    assert drafts(nano, ops="reference", num_draft_tokens=2) == (2, True)
     assert drafts(nano, num_draft_tokens=0) == (0, False)
     assert drafts(nano, num_draft_tokens=7) == (7, True)
     assert drafts(nano, max_num_batched_tokens=2, max_num_seqs=1) == (1, True)
