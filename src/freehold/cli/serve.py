@@ -139,10 +139,13 @@ def serve(
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
     names = _names(served_model_name)
-    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
-    limits["max_num_batched_tokens"] = max_num_batched_tokens
-    optional = {"max_model_len": max_model_len, "model_name": names[0] if names else None}
-    limits |= {name: value for name, value in optional.items() if value is not None}
+    given: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_queue": max_queue,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    given |= {"max_model_len": max_model_len, "model_name": names[0] if names else None}
+    limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
         if directory is None:

@@ -41,8 +41,9 @@ _SIGNATURES = {
     "clock": "p",
 }
 
-# Calls of a few microseconds keep the interpreter lock: giving it up and asking for it back would cost more.
-_SHORT = frozenset({"norm", "rope", "write", "route", "absorb", "unabsorb"})
+# The one call of every decode step that takes a microsecond keeps the interpreter lock: giving it up and asking for it
+# back would cost more. All others let the event loop run meanwhile.
+_SHORT = frozenset({"norm"})
 
 
 class NativeUnavailable(Exception):
