@@ -138,12 +138,12 @@ def _source(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointInd
     if entry.name != name:
         return _grouped(name, entry, data, index)
     if entry.dtype == "F8_E4M3":
-        return BlockQuantized(_view(entry, data), _companion(name + SCALE_SUFFIX, entry, data, index))
+        return BlockQuantized(_view(entry, data), _scales(name + SCALE_SUFFIX, entry, data, index))
     return _view(entry, data)
 
 
 def _grouped(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIndex) -> GroupQuantized:
-    scale_OG = _companion(name + SCALE, entry, data, index)
+    scale_OG = _scales(name + SCALE, entry, data, index)
     shape = _companion(name + SHAPE, entry, data, index).tolist()
     packed_OW = _view(entry, data)
     (rows, words), groups = packed_OW.shape, scale_OG.shape[1]
@@ -154,9 +154,14 @@ def _grouped(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIn
             f"{entry.file}: tensor {name + SHAPE!r} says {shape}, which {entry.name!r} {list(packed_OW.shape)} with "
             f"scales {list(scale_OG.shape)} is not"
         )
-    if not bool(torch.isfinite(scale_OG).all()):
-        raise CheckpointError(f"{entry.file}: tensor {name + SCALE!r} has a scale that is NaN or infinite")
     return GroupQuantized(unpack_codes(packed_OW, bits), scale_OG, bits, columns // groups)
+
+
+def _scales(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIndex) -> torch.Tensor:
+    scales = _companion(name, entry, data, index)
+    if not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(f"{entry.file}: tensor {name!r} has a scale that is NaN or infinite")
+    return scales
 
 
 def _companion(name: str, entry: TensorEntry, data: mmap.mmap, index: CheckpointIndex) -> torch.Tensor:

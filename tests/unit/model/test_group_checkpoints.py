@@ -84,6 +84,8 @@ def test_tensors_get_the_dequantised_weights(made: Path, scheme: str, dtype: tor
 class Keeper:
     """A target that keeps what it is given."""
 
+    wanted = True
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self.given: list[Source] = []

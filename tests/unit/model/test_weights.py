@@ -176,6 +176,7 @@ def add(name: str) -> Edit:
         (True, drop(Q_A + "_scale_inv"), f"is FP8, but '{Q_A}_scale_inv' is missing"),
         (True, drop(Q_A), f"tensor '{Q_A}' is missing"),
         (True, put(Q_A + "_scale_inv", lambda t: t.bfloat16()), "it must be F32"),
+        (True, put(Q_A + "_scale_inv", lambda t: t * float("inf")), "has a scale that is NaN or infinite"),
         (True, put(Q_A + "_scale_inv", lambda t: torch.ones(2, 1)), r"has shape \[2, 1\], expected \[1, 1\]"),
         (True, put(Q_A, lambda t: t.bfloat16()), "but it has FP8 scales"),
     ],

@@ -103,6 +103,7 @@ class NativeOps(ReferenceOps):
             or not gate_IH.like(up_IH)
             or x_TH.dtype is not _BF16
             or x_TH.dim() != 2
+            or x_TH.shape[1] != gate_IH.inner
             or rows == 0
         ):
             return super().swiglu(x_TH, gate_IH, up_IH, down_HI)
@@ -243,6 +244,7 @@ class NativeOps(ReferenceOps):
             isinstance(gate_up_EIH, Tensor)
             or isinstance(down_EHI, Tensor)
             or x_TH.dtype is not _BF16
+            or x_TH.shape[1] != gate_up_EIH.inner
             or chosen > MOST_CHOSEN
             or rows == 0
             or down_EHI.inner % PANEL
