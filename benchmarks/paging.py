@@ -7,9 +7,9 @@ Memory is the most that was ever resident, as the kernel counts it (VmHWM: priva
 the page cache of files that are read or written belongs to no process, and experts are read past it). The limit is also
 set with RLIMIT_DATA, so that the kernel refuses private memory beyond it.
 
-The bound of decoding is the rate of the disk over the bytes that were read for a token and used (or the speed with all in
-memory, if that is less). The disk is measured by the same process, on the same file: whole records in random order by
-as many threads as the pager has.
+The bound of decoding is the rate of the disk over the bytes that were read for a token and used (or the speed with all
+in memory, if that is less). The disk is measured by the same process, on the same file: whole records in random order
+by as many threads as the pager has.
 """
 
 from __future__ import annotations
