@@ -138,13 +138,13 @@ class Bench:
     # -- policies ------------------------------------------------------------------------------------------------------
 
     def policies(self) -> None:
-        tokens = 300 if self.quick else 1500
+        tokens = 150 if self.quick else 1500
         traces = [
             made_trace(tokens=tokens, skew=0.7),
             made_trace(tokens=tokens, skew=1.2),
             made_trace(tokens=tokens, skew=1.2, prompt=512, every=250),
             recorded_trace(self.directory, 100 if self.quick else 500, 512),
-        ]
+        ][2 if self.quick else 0 :]
         print("experts found in memory while decoding, with room for a quarter of them:")
         rates: dict[str, dict[str, float]] = {}
         for trace in traces:
