@@ -26,9 +26,17 @@ class StartClock:
         """Seconds by part, and the most memory that was resident, the pages of mapped files included."""
         width = max(len(part) for part, _ in self.parts)
         total = sum(seconds for _, seconds in self.parts)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         lines = [f"  {part:{width}}  {seconds:7.2f} s" for part, seconds in self.parts]
-        return [f"start: {total:.2f} s to the first token, at most {peak / 1e6:,.0f} MB resident", *lines]
+        return [f"start: {total:.2f} s to the first token, at most {most_resident() / 1e6:,.0f} MB resident", *lines]
+
+
+def most_resident() -> int:
+    """Bytes of memory that were resident at most. (`getrusage` would also count what the parent had when it forked.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = dict(line.partition(":")[::2] for line in status.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def process_start() -> float:

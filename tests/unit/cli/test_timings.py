@@ -10,7 +10,7 @@ import time
 import pytest
 
 from freehold.cli import timings
-from freehold.cli.timings import StartClock
+from freehold.cli.timings import StartClock, most_resident
 
 
 def test_parts_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +32,11 @@ def test_it_begins_with_the_process() -> None:
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds = float(re.findall(r"[\d.]+", printed)[-1])
     assert 0.29 < seconds <= time.monotonic() - started + 0.02
+
+
+def test_memory_is_the_processs_own() -> None:
+    held = bytearray(300_000_000)
+    assert most_resident() > len(held)
+    code = "from freehold.cli.timings import most_resident; print(most_resident())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 1e6 < int(printed) < len(held)

@@ -84,13 +84,11 @@ def test_tensors_get_the_dequantised_weights(made: Path, scheme: str, dtype: tor
 class Keeper:
     """A target that keeps what it is given."""
 
-    wanted = True
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
+    def __init__(self, shape: tuple[int, ...], *, wanted: bool = True) -> None:
+        self.shape, self.wanted = shape, wanted
         self.given: list[Source] = []
 
-    def load(self, source: Source, name: str) -> None:
+    def load(self, source: Source) -> None:
         match source:
             case GroupQuantized(codes_OI, scale_OG, bits, group):
                 self.given.append(GroupQuantized(codes_OI.clone(), scale_OG.clone(), bits, group))
@@ -144,6 +142,20 @@ def test_targets_get_what_the_file_has(made: Path, scheme: str) -> None:
         }[scheme]
         or kinds
     )
+
+
+def test_a_target_that_wants_nothing_is_given_nothing(made: Path) -> None:
+    """And its file is not read for it; the others get theirs."""
+    model = KeepingModel(GlmConfig.from_file(made / "int4"))
+    experts = [name for name, target in model.tensors.items() if ".experts.3." in name and isinstance(target, Keeper)]
+    for name in experts:
+        model.tensors[name] = Keeper(model.tensors[name].shape, wanted=False)
+    seen: list[tuple[int, int]] = []
+    load_weights(model, made / "int4", progress=lambda done, total: seen.append((done, total)))
+    given = {name: len(target.given) for name, target in model.tensors.items() if isinstance(target, Keeper)}
+    assert len(experts) == 3 * 6
+    assert given == {name: int(name not in experts) for name in given}
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_a_bias_must_stay_a_tensor(made: Path) -> None:
