@@ -3,9 +3,9 @@
 1. Acceptance by position, on the draft model (`_draft_model.py`: its MTP layer predicts songs as its target does, far
    beyond index_topk), five drafts a step, greedy, one request at a time: as the engine drafts, and with each of the
    wrong ways of `tests/faults/drafts.py`. A wrong way must show, and must not change a token.
-2. Decode speed on the draft model in the dimensions of `small`, with 1, 2, 3 and 5 drafts against none, and with as
-   many as the engine chooses, up to 3; for 1, 4 and 8 requests. Rounds in which each has its turn; a ratio is that of
-   one round. An engine keeps steps within 16 rows, so 4 requests have at most 3 drafts each, and 8 have one.
+2. Decode speed on the draft model in the dimensions of `small`, 26 layers deep, with 1, 2, 3 and 5 drafts against none
+   and as many as the engine chooses, up to 3; for 1, 4 and 8 requests. Rounds in which each has its turn; a ratio is
+   that of one round. An engine keeps steps within 16 rows, so 4 requests have at most 3 drafts each, and 8 have one.
 3. What drafting costs where it never helps: `small` with random weights, the engine left to choose (it tries, and backs
    off), against no drafting. 20 pairs, in turns; both engines go on from pair to pair, as a server does. The ratio of
    times of a pair counts from when the prompt is computed. The bound is that of the median of all pairs, one-sided,
