@@ -42,7 +42,9 @@ class Ours:
     def __init__(self, directory: Path, weights: str, threads: int, cache_tokens: int, sequences: int) -> None:
         quantize: dict[str, Any] = {} if weights == "bf16" else {"quantize": weights}
         cache_bytes = cache_tokens * cache_bytes_per_token(GlmConfig.from_file(directory), torch.bfloat16)
-        options = EngineOptions(threads=threads, max_num_seqs=sequences, cache_bytes=cache_bytes, **quantize)
+        options = EngineOptions(
+            threads=threads, max_num_seqs=sequences, cache_bytes=cache_bytes, num_draft_tokens=0, **quantize
+        )
         self.engine, _ = build_engine(directory, options)
         runner = self.engine.runner
         assert isinstance(runner, ModelRunner)

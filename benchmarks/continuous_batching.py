@@ -189,7 +189,7 @@ def main() -> int:
     count, rounds = 64, 1 if args.quick else 3
     with tempfile.TemporaryDirectory() as directory:
         make_tiny(Path(directory), size="small", seed=0)
-        options = EngineOptions(threads=args.threads, max_num_seqs=64, enable_prefix_cache=False)
+        options = EngineOptions(threads=args.threads, max_num_seqs=64, enable_prefix_cache=False, num_draft_tokens=0)
         engine, _ = build_engine(directory, options)
         try:
             one_after_another(engine, draw_asks(2, seed=99))  # warm-up

@@ -117,7 +117,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         make_tiny(Path(directory), size="small", seed=0)
         report.bar("points that differ from transformers in fp32", agree(directory), "==", 0)
-        engine, _ = build_engine(directory, EngineOptions(threads=args.threads, max_num_seqs=4))
+        engine, _ = build_engine(directory, EngineOptions(threads=args.threads, max_num_seqs=4, num_draft_tokens=0))
         measure(report, engine, Peer(directory, args.threads), rounds, tokens, deep, compiled=args.compile)
         engine.close()
     return report.finish()

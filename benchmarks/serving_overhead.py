@@ -156,7 +156,7 @@ def measure(
     rounds: int,
     tokens: int,
 ) -> None:
-    engine, tokenizer = build_engine(directory, EngineOptions(threads=threads))
+    engine, tokenizer = build_engine(directory, EngineOptions(threads=threads, num_draft_tokens=0))
     template = ChatTemplate.from_dir(directory).for_tokenizer(tokenizer)
     samples: list[dict[str, float]] = []
     same: list[bool] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,8 @@ from freehold.engine.sampler import Sampler
 from freehold.model.cache import PagedCache
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
-from freehold.model.sizes import size_config
+from freehold.model.sizes import Size, size_config
+from freehold.model.tiny import write_random_checkpoint
 from freehold.types import SamplingParams, TokenChunk
 
 WORDS = 400  # token ids below every special token of the nano vocabulary
@@ -46,6 +48,23 @@ def draftable(loudness: float = 4.0, *, shares: bool = True, topk: int = 8, seed
     glm.mtp.input.eh_proj.weight.data[:, :hidden].copy_(torch.eye(hidden) * loudness)
     glm.mtp.input.eh_proj.weight.data[:, hidden:].copy_(torch.eye(hidden) * 0.3)
     return glm
+
+
+def write_draftable(directory: Path, loudness: float = 8.0, size: Size = "nano", dtype: str = "bfloat16") -> None:
+    """The same idea as a checkpoint: one with random weights, its embedding louder, its eh_proj passing it on."""
+    from safetensors.torch import load_file, save_file
+
+    config = size_config(size)
+    write_random_checkpoint(config, directory, seed=7, dtype=dtype)
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] *= loudness / tensors["model.embed_tokens.weight"].float().std()
+    joined = tensors[f"model.layers.{config['num_hidden_layers']}.eh_proj.weight"]
+    hidden = config["hidden_size"]
+    joined.zero_()
+    joined[:, :hidden] = torch.eye(hidden) * loudness
+    joined[:, hidden:] = torch.eye(hidden) * 0.3
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def new_engine(

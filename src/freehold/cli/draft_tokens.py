@@ -9,7 +9,7 @@ import typer
 DraftTokens = Annotated[
     int | None,
     typer.Option(
-        help="Most tokens that the MTP layer drafts a step; 0: none. Never changes the results.",
+        help="Most tokens that the MTP layer drafts for a request and step; 0: none.",
         min=0,
         max=15,
         show_default="3, if the checkpoint has such a layer",

@@ -48,7 +48,8 @@ class EngineOptions:
     (pages are only committed as they are first used). threads: compute threads; default what torch finds.
     index_cache: "fp8" stores the indexer's keys in 8 bits, half of bf16; near-equal scores may then change places.
     num_draft_tokens: the most tokens that the MTP layer drafts for a request and step; 0 turns drafting off. Default
-    DEFAULT_DRAFTS where the checkpoint has such a layer.
+    DEFAULT_DRAFTS where the checkpoint has such a layer and drafts cannot change a token: with the native kernels, and
+    in fp32.
     """
 
     model_name: str | None = None
@@ -80,7 +81,7 @@ def build_engine(
     config = GlmConfig.from_file(directory)
     tokenizer = Tokenizer.from_dir(directory)
     model = load_model(directory, config, options, progress)
-    engine_config = _engine_config(config, directory, options, model.dtype)
+    engine_config = _engine_config(config, directory, options, model)
     cache = PagedCache(
         config, engine_config.num_blocks, options.block_size, model.dtype, index_cache=options.index_cache
     )
@@ -126,15 +127,15 @@ def available_memory() -> int:
     return available
 
 
-def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, dtype: torch.dtype) -> EngineConfig:
-    per_token = cache_bytes_per_token(config, dtype, options.index_cache)
+def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, model: Glm) -> EngineConfig:
+    per_token = cache_bytes_per_token(config, model.dtype, options.index_cache)
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise InvalidRequest(
             f"--max-model-len {max_model_len} exceeds the model's {config.max_position_embeddings} positions",
             param="max_model_len",
         )
-    drafts = _num_drafts(config, options)
+    drafts = _num_drafts(config, options, model)
     per_block = per_token * options.block_size
     budget = options.cache_bytes if options.cache_bytes is not None else available_memory() // 2
     useful = options.max_num_seqs * -(-max_model_len // options.block_size)
@@ -165,11 +166,16 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, d
     )
 
 
-def _num_drafts(config: GlmConfig, options: EngineOptions) -> int:
-    """How many tokens to draft at most; by default no more than the token budget has room for."""
+def _num_drafts(config: GlmConfig, options: EngineOptions, model: Glm) -> int:
+    """How many tokens to draft at most; by default no more than the token budget has room for.
+
+    And by default none where a row of a small step may come out otherwise in company, so that drafts could change a
+    token: in bf16 without all of the native kernels.
+    """
     asked = options.num_draft_tokens
     if asked is None:
-        return min(DEFAULT_DRAFTS, options.max_num_batched_tokens - 1) if config.has_mtp else 0
+        is_exact = model.run_few is not None or model.dtype is torch.float32
+        return min(DEFAULT_DRAFTS, options.max_num_batched_tokens - 1) if config.has_mtp and is_exact else 0
     if not 0 <= asked <= MOST_DRAFTS:
         raise InvalidRequest(f"--draft-tokens {asked}: must be 0 to {MOST_DRAFTS}", param="num_draft_tokens")
     if asked and not config.has_mtp:

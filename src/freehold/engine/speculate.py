@@ -85,7 +85,8 @@ def verify(
 ) -> list[Verified]:
     """One or more tokens for each candidate. Never raises for one request's failure."""
     found = [Verified() for _ in candidates]
-    greedy = [sampler.state(candidate.request_id).lane is Lane.GREEDY for candidate in candidates]
+    drafted = any(candidate.drafts for candidate in candidates)
+    greedy = [drafted and sampler.state(candidate.request_id).lane is Lane.GREEDY for candidate in candidates]
     if any(greedy):
         pairs = zip(candidates, found, greedy, strict=True)
         _verify_greedy(sampler, logits_RV, [(candidate, verified) for candidate, verified, own in pairs if own])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ import torch
 
 from freehold.engine.loading import EngineOptions, available_memory, build_engine, load_model
 from freehold.engine.request import Request
+from freehold.engine.runner import ModelRunner
 from freehold.errors import CheckpointError, ConfigError, InsufficientMemory, InvalidRequest
 from freehold.model.cache import PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
@@ -105,3 +107,27 @@ def test_fp32_weights_are_never_rounded(tmp_path: Path, ops: OpsChoice) -> None:
 def test_available_memory_is_below_the_machines() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < available_memory() <= total
+
+
+@needs_native
+def test_how_many_tokens_are_drafted(nano: Path, tmp_path: Path) -> None:
+    def drafts(directory: Path, **options: Any) -> tuple[int, bool]:
+        engine, _ = build_engine(directory, EngineOptions(cache_bytes=1 << 22, **options))
+        assert isinstance(engine.runner, ModelRunner)
+        return engine.config.num_draft_tokens, engine.runner.drafter is not None
+
+    assert drafts(nano) == (3, True)
+    assert drafts(nano, dtype="float32") == (3, True)
+    assert drafts(nano, ops="reference") == (0, False), "torch's bf16 products of several rows are not those of one"
+    assert drafts(nano, ops="reference", num_draft_tokens=2) == (2, True)
+    assert drafts(nano, num_draft_tokens=0) == (0, False)
+    assert drafts(nano, num_draft_tokens=7) == (7, True)
+    assert drafts(nano, max_num_batched_tokens=2, max_num_seqs=1) == (1, True)
+    with pytest.raises(InvalidRequest, match="0 to 15"):
+        drafts(nano, num_draft_tokens=16)
+    write_random_checkpoint(size_config("nano") | {"num_nextn_predict_layers": 0}, tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((nano / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes((nano / "tokenizer_config.json").read_bytes())
+    assert drafts(tmp_path) == (0, False)
+    with pytest.raises(InvalidRequest, match="no MTP layer"):
+        drafts(tmp_path, num_draft_tokens=1)

@@ -6,6 +6,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from freehold.engine.metrics import EngineMetrics, EngineStats, Histogram
+from freehold.engine.scheduler import SchedulerCounters
 from freehold.types import FinishReason, TokenChunk, Usage
 
 
@@ -104,3 +105,19 @@ def test_histogram_buckets_include_their_bound() -> None:
     family = histogram.family("x", "text", "m")
     buckets = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == "x_bucket"}
     assert buckets == {"1.0": 2, "2.0": 4, "+Inf": 5}
+
+
+def test_drafts_by_place() -> None:
+    counters = SchedulerCounters()
+    for proposed, accepted in ((3, 2), (3, 0), (1, 1), (2, 2)):
+        counters.count_drafts(proposed, accepted)
+    assert (counters.draft_rounds, counters.draft_proposed, counters.draft_accepted) == (4, 9, 5)
+    assert (counters.draft_proposed_at, counters.draft_accepted_at) == ([4, 3, 2], [3, 2, 0])
+    stats = EngineStats(
+        draft_rounds=4, draft_proposed=9, draft_accepted=5, draft_proposed_at=(4, 3, 2), draft_accepted_at=(3, 2, 0)
+    )
+    assert stats.acceptance_rate == 5 / 9
+    assert stats.acceptance_length == 1 + 5 / 4
+    samples = scrape(EngineMetrics("m", lambda: stats))
+    assert [samples[f"vllm:spec_decode_num_accepted_tokens_per_pos_total/{at}"] for at in range(3)] == [3, 2, 0]
+    assert samples["freehold_spec_decode_num_draft_tokens_per_pos_total/2"] == 2
