@@ -174,8 +174,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         acceptance(report, root / "core", song_prompts(4 if args.quick else 24, seed=1), 48 if args.quick else 128)
-        speed(report, root / "wide", 2 if args.quick else 7, 48 if args.quick else 160, args.threads)
-        back_off(report, root / "random", 9 if args.quick else 20, 64 if args.quick else 256, args.threads)
+        speed(report, root / "wide", 2 if args.quick else 9, 48 if args.quick else 160, args.threads)
+        back_off(report, root / "random", 9 if args.quick else 20, 128 if args.quick else 256, args.threads)
     if not args.quick:
         draw(report, RESULTS / "speculation.png")
     return report.finish()
