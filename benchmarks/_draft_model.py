@@ -1,7 +1,7 @@
 """Writes the draft model: a checkpoint whose MTP layer predicts its own target well, and only if it is run rightly.
 
     python benchmarks/_draft_model.py DIR              # the core: 160 wide, 10 layers
-    python benchmarks/_draft_model.py DIR --size wide  # the same functions in the dimensions of `small`
+    python benchmarks/_draft_model.py DIR --size wide  # the same functions in the dimensions of `small`, 26 layers
     freehold serve DIR
 
 No training: target (`_draft_target.py`) and head (`_draft_head.py`) are built from their parts, in about a second, and
@@ -11,7 +11,9 @@ Files and names are as published; the engine runs it like any other checkpoint.
 `wide` holds the core's matrices in the corners of larger ones, else zero (norm weights account for the dimensions
 that are always zero). Every matrix is stored, read and multiplied in full, so a step costs what it costs with any
 weights of these dimensions. Two things are the core's: index_topk, which stays 64, and which experts a token takes, 4
-of 32 by a random router; four neighbouring tokens take 13 different ones, as tokens routed independently would.
+of 32 by a random router over the whole hidden state; four neighbouring tokens take about 10 different ones in a layer
+(independent ones would take 13), which is what verifying three drafts must read. It has 26 layers, a third of
+GLM-5.2's: in a model of 10, one draft step is already a tenth of the target's.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from _draft_head import warm_start
-from _draft_target import Array, Tensors, build_target, core_config
+from _draft_target import Array, Tensors, build_target, core_config, layer_kinds
 
 from freehold.headers import SINGLE_NAME, encode_header
 from freehold.model.checkpoint_files import atomic_write, write_json, write_manifest
@@ -36,6 +38,7 @@ from freehold.model.storage import stored_tensors
 from freehold.model.tokenizer import Tokenizer
 
 DraftSize = Literal["core", "wide"]
+_WIDE_LAYERS = 26
 _PIECE = 1 << 20  # elements encoded at a time
 _KEPT = ("qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim", "index_head_dim", "index_topk")
 
@@ -43,14 +46,17 @@ _KEPT = ("qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim", "i
 def draft_config(size: DraftSize, dtype: str = "bfloat16") -> dict[str, Any]:
     """config.json."""
     core = core_config() | {"dtype": dtype}
-    return core if size == "core" else size_config("small") | {key: core[key] for key in (*_KEPT, "dtype")}
+    if size == "core":
+        return core
+    return size_config("small") | {key: core[key] for key in (*_KEPT, "dtype")} | layer_kinds(_WIDE_LAYERS)
 
 
 def draft_tensors(raw: dict[str, Any], seed: int = 0) -> Iterator[tuple[TensorSpec, Array]]:
     """Every tensor of the checkpoint with this config.json, fp32, in file order."""
     config = GlmConfig.from_dict(raw)
-    ends = {key: raw[key] for key in ("vocab_size", "eos_token_id", "pad_token_id")}
-    core_raw = core_config() | ends
+    core_raw = core_config() | {
+        key: raw[key] for key in ("vocab_size", "eos_token_id", "pad_token_id", *layer_kinds(0))
+    }
     core = GlmConfig.from_dict(core_raw)
     tensors: Tensors = build_target(core_raw, seed)
     warm_start(tensors, core, seed)

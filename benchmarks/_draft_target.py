@@ -9,8 +9,7 @@ How it is built (core sizes; every block is CODE wide, codes are +1 or -1 and or
                 looks for positions whose P and G are the query's T and F, and serves the next layer
     layer 3     (shares layer 2's selection) one head attends to those positions and copies their T: block Y, the token
                 that followed this word in this stanza. The output head reads Y alone
-    the others  random layers, and random MLPs and experts everywhere, quiet: they disturb the blocks a little. Routers
-                do not read what neighbouring tokens have in common, so these take different experts
+    the others  random layers, and random MLPs and experts everywhere, quiet: they disturb the blocks a little
 
 So the prediction hangs on the indexer, on its sharing and on attention far back, and the engine knows nothing of it.
 What the final norm gives (and an MTP layer sees) holds all blocks, each dimension at its own scale.
@@ -42,11 +41,11 @@ _LOGIT = 14.0  # of the token that follows; the other songs' tokens are near 0, 
 _FAST = (2, 3, 4, 5)  # rotary pairs whose angles tell near from far within a few hundred tokens
 _NEXT = (0, 1, 2, 3)  # those that tell one token from the next
 
+_LAYERS = 10
 CORE: dict[str, int] = {
     "hidden_size": 160,
     "intermediate_size": 64,
     "moe_intermediate_size": 32,
-    "num_hidden_layers": 10,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "q_lora_rank": 96,
@@ -64,9 +63,17 @@ CORE: dict[str, int] = {
 
 
 def core_config() -> dict[str, Any]:
-    """config.json of the core: the sizes of `nano` where nothing depends on them, the layers of `small`."""
-    nano, small = size_config("nano"), size_config("small")
-    return nano | CORE | {key: small[key] for key in ("indexer_types", "mlp_layer_types")}
+    """config.json of the core: what `nano` has where nothing depends on it."""
+    return size_config("nano") | CORE | layer_kinds(_LAYERS)
+
+
+def layer_kinds(layers: int) -> dict[str, Any]:
+    """The part of config.json that depends on the number of layers, by GLM-5.2's rules."""
+    return {
+        "num_hidden_layers": layers,
+        "indexer_types": ["full" if max(i - 2, 0) % 4 == 0 else "shared" for i in range(layers)],
+        "mlp_layer_types": ["dense" if i < 3 else "sparse" for i in range(layers)],
+    }
 
 
 def codes(vocabulary: int, generator: np.random.Generator) -> Array:
@@ -107,8 +114,6 @@ def build_target(raw: dict[str, Any], seed: int = 0) -> Tensors:
         if spec.layer is not None and spec.layer < config.num_hidden_layers:
             quiet = spec.name.endswith(("o_proj.weight", "down_proj.weight"))
             values = values * np.float32(_QUIET) if quiet else values
-            if spec.name.endswith("mlp.gate.weight"):
-                values[:, [CONST, *range(F.start, F.stop), *range(G.start, E.stop)]] = 0
         tensors[spec.name] = values
     _ends(tensors, codes(config.vocab_size, np.random.default_rng(seed)), np.random.default_rng(seed + 1))
     frequencies = config.rope_theta ** (-np.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)

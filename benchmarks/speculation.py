@@ -3,9 +3,9 @@
 1. Acceptance by position, on the draft model (`_draft_model.py`: its MTP layer predicts songs as its target does, far
    beyond index_topk), five drafts a step, greedy, one request at a time: as the engine drafts, and with each of the
    wrong ways of `tests/faults/drafts.py`. A wrong way must show, and must not change a token.
-2. Decode speed on the draft model in the dimensions of `small`, with 1, 2, 3 and 5 drafts against none, and with as
-   many as the engine chooses, up to 3; for 1, 4 and 8 requests. Rounds in which each has its turn; a ratio is that of
-   one round. An engine keeps steps within 16 rows, so 4 requests have at most 3 drafts each, and 8 have one.
+2. Decode speed on the draft model in the dimensions of `small`, 26 layers deep, with 1, 2, 3 and 5 drafts against none
+   and as many as the engine chooses, up to 3; for 1, 4 and 8 requests. Rounds in which each has its turn; a ratio is
+   that of one round. An engine keeps steps within 16 rows, so 4 requests have at most 3 drafts each, and 8 have one.
 3. What drafting costs where it never helps: `small` with random weights, the engine left to choose (it tries, and backs
    off), against no drafting. 20 pairs, in turns; both engines go on from pair to pair, as a server does. The ratio of
    times of a pair counts from when the prompt is computed. The bound is that of the median of all pairs, one-sided,
@@ -174,8 +174,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         acceptance(report, root / "core", song_prompts(4 if args.quick else 24, seed=1), 48 if args.quick else 128)
-        speed(report, root / "wide", 2 if args.quick else 7, 48 if args.quick else 160, args.threads)
-        back_off(report, root / "random", 9 if args.quick else 20, 64 if args.quick else 256, args.threads)
+        speed(report, root / "wide", 2 if args.quick else 9, 48 if args.quick else 160, args.threads)
+        back_off(report, root / "random", 9 if args.quick else 20, 128 if args.quick else 256, args.threads)
     if not args.quick:
         draw(report, RESULTS / "speculation.png")
     return report.finish()

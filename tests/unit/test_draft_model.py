@@ -76,7 +76,7 @@ def test_neighbouring_tokens_take_different_experts() -> None:
     independent = 32 * (1 - (28 / 32) ** 4)
     for ids_TX in chosen:
         distinct = [len(ids_TX[row : row + 4].unique()) for row in range(100, 200)]
-        assert sum(distinct) / len(distinct) > 0.9 * independent
+        assert sum(distinct) / len(distinct) > 0.7 * independent
 
 
 @torch.inference_mode()
