@@ -13,7 +13,7 @@
 #define FH_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of a signature; the Python side refuses another number.
-constexpr int kInterfaceVersion = 4;
+constexpr int kInterfaceVersion = 5;
 
 FH_API int fh_version();
 // 1 if this machine can run "avx2", "avx512" or "avx512bf16".

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-VERSION = 4
+VERSION = 5
 """Must equal kInterfaceVersion in native/api.h."""
 
 ISAS = ("avx512bf16", "avx512", "avx2")
