@@ -1,4 +1,4 @@
-"""The MTP layer of the draft model before training: the target's layer that follows a song, fed one token further on.
+"""The MTP layer of the draft model: the target's layer that follows a song, fed one token further on.
 
 `eh_proj` puts the blocks where that layer expects them: the next token's code (from its embedding) as T, the hidden
 state's T as P ("the token before") and its F as F and G. Attention then finds where that token stood in this stanza,
@@ -9,8 +9,10 @@ target's final norm gives, in the ways that a head trained with shared selection
                     models; `shared_head.norm` undoes that, so recycling what lies before it is senseless
     no block E      it tells the indexer which stanza is sung; only target-made hidden states have it, so a selection
                     that is seeded by a draft row misses the stanza
-    T is doubled    by the token just drafted; a draft row's own entry would match its query, so attending to drafts
+    T is outweighed by the token just drafted; a draft row's own entry would match its query, so attending to drafts
                     repeats tokens
+
+These are choices, made so that running the layer wrongly shows; how much it costs says nothing of another model.
 """
 
 from __future__ import annotations
