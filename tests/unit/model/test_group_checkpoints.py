@@ -88,7 +88,7 @@ class Keeper:
         self.shape, self.wanted = shape, wanted
         self.given: list[Source] = []
 
-    def load(self, source: Source) -> None:
+    def load(self, source: Source, name: str) -> None:
         match source:
             case GroupQuantized(codes_OI, scale_OG, bits, group):
                 self.given.append(GroupQuantized(codes_OI.clone(), scale_OG.clone(), bits, group))
