@@ -10,6 +10,8 @@ take turns, one idle while the other is timed; medians are compared and raw samp
 - Contexts beyond 512 tokens are not prefilled before decoding: both caches are filled with random numbers that have
   the mean and spread of really computed ones.
 - A prefill that would take llama.cpp more than a minute is timed once for it, in full.
+- The machine's ceilings (memory bandwidth, matrix products) are measured before each sample that is compared with them:
+  on a shared machine they change from minute to minute.
 
 llama.cpp is taken from --llamacpp DIR or FREEHOLD_LLAMACPP if set; otherwise its source is fetched with pip and
 compiled into benchmarks/.peers, once. `--quick` never builds.
@@ -72,7 +74,10 @@ BF16_TOKENS, BF16_TOP1, BF16_DIFFERENCE = 200, {"nano": 0.8, "small": 0.8, "medi
 
 @dataclass
 class Row:
-    """One case: raw seconds of a step (decode) or of a prompt (prefill), and tokens in each."""
+    """One case: raw seconds of a step (decode) or of a prompt (prefill), and tokens in each.
+
+    shares: for a case with a roofline bar, of each round: the time that the ceilings allow over the time it took.
+    """
 
     size: str
     weights: str
@@ -81,19 +86,16 @@ class Row:
     settings: str = ""
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    ceilings: list[Ceilings] = field(default_factory=list)
+
+    @property
+    def roofline_bar(self) -> float | None:
+        return ROOFLINE_BARS.get((self.size, self.case, self.weights))
 
     @property
     def ratio(self) -> float:
         return median(self.theirs) / median(self.ours)
-
-
-def ceilings_of(threads: int, before: Ceilings | None = None) -> Ceilings:
-    """Of this machine in bf16. Taken before and after the cases, and the better counts."""
-    now = measure_ceilings(threads, torch.bfloat16)
-    if before is None:
-        return now
-    bandwidth = max(now.bytes_per_second, before.bytes_per_second)
-    return Ceilings(bandwidth, max(now.flops_per_second, before.flops_per_second))
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class Run:
     def open(self, cells: int, sequences: int = 1, ubatch: int = 512, **flags: bool) -> None:
         cells += sequences * (self.tokens + 256)
         self.peer.ask("open", cells=cells, sequences=sequences, ubatch=ubatch, threads=self.threads, **flags)
+
+    def ceilings(self, row: Row) -> None:
+        """Measure them, for the sample that comes next."""
+        if row.roofline_bar is not None:
+            row.ceilings.append(measure_ceilings(self.threads, torch.bfloat16))
 
     def extend(self, length: int, seed: int, sequence: int = 0) -> float:
         prompt = prompt_of(length, seed, self.ours.vocabulary)
@@ -146,8 +153,12 @@ def decode(run: Run, row: Row, context: int, sequences: int) -> None:
     run.ours.decode(prompts, run.tokens)  # warm-up, and a short prompt's prefill
     run.peer.ask("decode", tokens=4)
     for _ in range(run.rounds):
+        run.ceilings(row)
         time.sleep(PAUSE)
-        row.ours += run.ours.decode(prompts, run.tokens)
+        steps = run.ours.decode(prompts, run.tokens)
+        row.ours += steps
+        if row.ceilings:
+            row.shares.append(decode_bytes(run.ours.model, context) / row.ceilings[-1].bytes_per_second / median(steps))
         time.sleep(PAUSE)
         row.theirs += run.peer.ask("decode", tokens=run.tokens)
     for prompt in prompts:
@@ -175,8 +186,12 @@ def prefill(run: Run, row: Row, length: int) -> None:
     chunk = best_chunk(run.ours, length)
     row.settings = f"flash attention {_on(flash)}, ubatch {ubatch}{', 1 sample' if once else ''}; our chunk {chunk}"
     for i in range(run.rounds):
+        run.ceilings(row)
         time.sleep(PAUSE)
         row.ours.append(run.ours.prefill(length, 10 + i, chunk))
+        if row.ceilings:
+            needed = prefill_operations(run.ours.model.config, length)
+            row.shares.append(needed / row.ceilings[-1].flops_per_second / row.ours[-1])
         if i == 0 or not once:
             run.peer.ask("clear")
             time.sleep(PAUSE)
@@ -289,30 +304,17 @@ def judge(report: Report, rows: list[Row]) -> None:
             report.bar(name, seconds / shallow, ">=", 1.1)
 
 
-def roofline(report: Report, run: Run, rows: list[Row], ceilings: Ceilings) -> None:
+def roofline(report: Report, rows: list[Row]) -> None:
     """Shares of the measured ceilings."""
     for row in rows:
-        kind, _, length = row.case.partition("@")
-        model, limit = run.ours.model, ROOFLINE_BARS.get((row.size, row.case, row.weights))
-        if kind == "decode":
-            needed = decode_bytes(model, int(length))
-            share, ceiling = (
-                needed / median(row.ours) / ceilings.bytes_per_second,
-                f"{needed / 1e6:.1f} MB a token, bandwidth",
-            )
-        elif kind == "prefill" and row.weights == "bf16" and int(length) <= model.config.index_topk:
-            needed = prefill_operations(model.config, int(length))
-            share, ceiling = (
-                needed / median(row.ours) / ceilings.flops_per_second,
-                f"{needed / 1e9:.1f} GFLOP, multiplications",
-            )
-        else:
+        if row.roofline_bar is None:
             continue
-        name = f"{row.size} {row.weights} {row.case}: share of the ceiling ({ceiling})"
-        if limit is None:
-            print(f"        {name}: {share:.3f}")
+        if row.case.startswith("decode"):
+            ceiling = f"{median(c.bytes_per_second for c in row.ceilings) / 1e9:.1f} GB/s"
         else:
-            report.bar(name, share, ">=", limit)
+            ceiling = f"{median(c.flops_per_second for c in row.ceilings) / 1e9:.0f} GFLOP/s"
+        name = f"{row.size} {row.weights} {row.case}: share of what {ceiling} allow"
+        report.bar(name, median(row.shares), ">=", row.roofline_bar)
 
 
 def llamacpp(directory: Path | None, quick: bool) -> Install:
@@ -355,17 +357,14 @@ def main() -> int:
 
 
 def everything(args: Any, report: Report, install: Install, models: Path) -> list[Row]:
-    ceilings = ceilings_of(args.threads)
-    bandwidth, gemm = ceilings.bytes_per_second / 1e9, ceilings.flops_per_second / 1e9
-    print(f"ceilings, {args.threads} threads: reads {bandwidth:.1f} GB/s, bf16 GEMM {gemm:.0f} GFLOP/s")
     rows: list[Row] = []
     for size in args.size or (["small"] if args.quick else ["small", "medium"]):
         for weights in args.weights or (["bf16"] if args.quick else list(KINDS)):
-            rows += one(args, report, install, ceilings, models / size, weights)
+            rows += one(args, report, install, models / size, weights)
     return rows
 
 
-def one(args: Any, report: Report, install: Install, ceilings: Ceilings, models: Path, weights: str) -> list[Row]:
+def one(args: Any, report: Report, install: Install, models: Path, weights: str) -> list[Row]:
     """All cases of one size with one kind of weights: both engines load it, and both are gone afterwards."""
     size = models.name
     cases = args.only or (QUICK_CASES if args.quick else CASES.get(size, QUICK_CASES)).split()
@@ -385,14 +384,14 @@ def one(args: Any, report: Report, install: Install, ceilings: Ceilings, models:
             peer.ask("load", path=path)
             agree(run, report, size)
         rows = measure(run, size, weights, cases)
-        ceilings = ceilings_of(args.threads, ceilings)
-        roofline(report, run, rows, ceilings)
+        roofline(report, rows)
         ours.close()
     for row in rows:
         sample = {"settings": row.settings, "tokens": row.tokens, "freehold_s": row.ours, "llamacpp_s": row.theirs}
         sample["medians_s"] = [median(row.ours), median(row.theirs)]
+        if row.ceilings:
+            sample |= {"ceilings": [asdict(ceilings) for ceilings in row.ceilings], "shares": row.shares}
         report.samples[f"{size} {weights} {row.case}"] = sample
-    report.samples[f"{size} {weights} ceilings"] = asdict(ceilings)
     if args.transformers and size == "small" and weights == "bf16":
         transformers(report, models / "checkpoint", args.threads, rounds)
     return rows

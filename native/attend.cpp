@@ -58,21 +58,25 @@ struct Selection {
     for (int64_t k = best.count; k < out_row; ++k) mine[k] = -1;
   }
 
+  // A tile of at most kSelectRows rows, on one thread, in tile_bytes() of memory.
+  void tile(int64_t row, char* memory) const {
+    const Room room(args.topk);
+    const int64_t n = smaller(freehold::kSelectRows, rows - row);
+    Candidates best[freehold::kSelectRows];
+    for (int64_t r = 0; r < n; ++r) best[r] = room.at(memory + score_bytes() + r * room.bytes());
+    c.kernels.score(args, row, n, 0, args.start + row + n, best, memory);
+    for (int64_t r = 0; r < n; ++r) {
+      c.kernels.keep(best[r], args.topk);
+      write(row + r, best[r]);
+    }
+  }
+  int64_t tile_bytes() const { return score_bytes() + freehold::kSelectRows * Room(args.topk).bytes(); }
+
   // Many rows: parts are tiles of rows, the longest first.
   void by_rows(int64_t first_row, int64_t tiles) const {
-    const Room room(args.topk);
-    c.prepare(score_bytes() + freehold::kSelectRows * room.bytes());
+    c.prepare(tile_bytes());
     c.pool.each(tiles, [&](int64_t part, int worker) {
-      const int64_t row = first_row + (tiles - 1 - part) * freehold::kSelectRows;
-      const int64_t n = smaller(freehold::kSelectRows, rows - row);
-      char* memory = c.scratch(worker);
-      Candidates best[freehold::kSelectRows];
-      for (int64_t r = 0; r < n; ++r) best[r] = room.at(memory + score_bytes() + r * room.bytes());
-      c.kernels.score(args, row, n, 0, args.start + row + n, best, memory);
-      for (int64_t r = 0; r < n; ++r) {
-        c.kernels.keep(best[r], args.topk);
-        write(row + r, best[r]);
-      }
+      tile(first_row + (tiles - 1 - part) * freehold::kSelectRows, c.scratch(worker));
     });
   }
 
@@ -128,6 +132,37 @@ void select(Context& c, const SelectArgs& args, int64_t* out, int64_t out_row, i
   SelectArgs chosen = args;
   chosen.few = rows <= kSelectRows;
   Selection{c, chosen, out, out_row, rows}.run();
+}
+
+void select_spans(Context& c, const SelectSpan* spans, int64_t count, int64_t out_row) {
+  // A span that is more than its share of the work is cut by keys; the others are one thread's each.
+  int64_t total = 0, bytes = 0;
+  const auto cost = [&](int64_t i) { return spans[i].rows * (spans[i].args.start + spans[i].rows); };
+  for (int64_t i = 0; i < count; ++i) total += cost(i);
+  const auto large = [&](int64_t i) {
+    return spans[i].rows > kSelectRows || cost(i) * 2 * c.pool.threads() > total || c.pool.threads() == 1;
+  };
+  const auto selection = [&](int64_t i) {
+    SelectArgs args = spans[i].args;
+    args.few = spans[i].rows <= kSelectRows;
+    return Selection{c, args, spans[i].out, out_row, spans[i].rows};
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (large(i)) {
+      selection(i).run();
+    } else {
+      const int64_t mine = selection(i).tile_bytes();
+      if (mine > bytes) bytes = mine;
+    }
+  }
+  if (bytes == 0) return;
+  c.prepare(bytes);
+  c.pool.each(count, [&](int64_t i, int worker) {
+    if (large(i)) return;
+    const Selection mine = selection(i);
+    const int64_t first_row = mine.take_all();
+    if (first_row < mine.rows) mine.tile(first_row, c.scratch(worker));
+  });
 }
 
 void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows) {

@@ -8,6 +8,14 @@ namespace freehold {
 // Slots of the rows' best positions, -1 after the last: out[row · out_row ..]. args.few is set here.
 void select(Context& c, const SelectArgs& args, int64_t* out, int64_t out_row, int64_t rows);
 
+// The same of several spans, of which small ones are worked on side by side.
+struct SelectSpan {
+  SelectArgs args;
+  int64_t* out;
+  int64_t rows;
+};
+void select_spans(Context& c, const SelectSpan* spans, int64_t count, int64_t out_row);
+
 // out [rows, heads, rank], contiguous.
 void attend(Context& c, const AttendArgs& args, bf16* out, int64_t rows);
 

@@ -59,8 +59,8 @@ struct Runner {
   };
   template <int N>
   void project(const bf16* x, int64_t x_row, const Output (&outputs)[N]) const {
-    const bf16* xs[kRows];
-    void* outs[N][kRows];
+    const bf16* xs[kMostRows];
+    void* outs[N][kMostRows];
     ProductArgs products[N];
     int count = 0;
     for (int64_t m = 0; m < step.rows; ++m) xs[m] = x + m * x_row;
@@ -71,7 +71,11 @@ struct Runner {
       products[count] = {o.weight, xs, outs[count], step.rows, nullptr, o.fp32};
       ++count;
     }
-    few_products(c, products, count);
+    if (step.rows <= kRows) {
+      few_products(c, products, count);
+    } else {
+      for (int i = 0; i < count; ++i) any_product(c, products[i]);
+    }
     c.clock.mark(Part::kAttentionProject, Part::kIndexerProject, index_share(outputs));
   }
 
@@ -88,18 +92,28 @@ struct Runner {
     return all > 0 ? index / all : 0;
   }
 
+  // Calls fn(row) for every row, of `size` values.
+  template <class Fn>
+  void each_row(int64_t size, Fn fn) const {
+    c.ranges(step.rows, 1, 8 * size, [&](int64_t first, int64_t last, int) {
+      for (int64_t row = first; row < last; ++row) fn(row);
+    });
+  }
+
   void norm(bf16* out, const bf16* x, int64_t size, const bf16* weight, double eps) const {
     const NormArgs args{x, size, weight, nullptr, size, float(eps)};
-    for (int64_t row = 0; row < step.rows; ++row) c.kernels.norm(args, row, out + row * size);
+    each_row(size, [&](int64_t row) { c.kernels.norm(args, row, out + row * size); });
   }
 
   void rotate(bf16* x, int64_t heads, int64_t size, int64_t first, bool interleaved) const {
     const RopeArgs args{x, heads * size, size, heads, size, first, s.rope, step.cos, step.sin, interleaved};
-    for (int64_t row = 0; row < step.rows; ++row) c.kernels.rope(args, row, x + row * heads * size, size);
+    each_row(heads * size, [&](int64_t row) { c.kernels.rope(args, row, x + row * heads * size, size); });
   }
 
-  // hidden += x, rounded.
-  void add(const bf16* x) const { c.kernels.accumulate(step.hidden, x, step.rows * s.hidden); }
+  // into += x, rounded.
+  void add(bf16* into, const bf16* x) const {
+    each_row(s.hidden, [&](int64_t row) { c.kernels.accumulate(into + row * s.hidden, x + row * s.hidden, s.hidden); });
+  }
 
   void attention(const LayerWeights& w, bf16* latent, void* keys, float* scales) {
     const int64_t rows = step.rows, latent_dim = s.rank + s.rope;
@@ -130,30 +144,32 @@ struct Runner {
     unabsorb(c, room.values, room.mixed, rows, s.heads, *w.up_value);
     c.clock.mark(Part::kAttend);
     project(room.values, s.heads * s.value, {{w.output, room.y}});
-    add(room.y);
+    add(step.hidden, room.y);
   }
 
   void select_slots(const void* keys, const float* scales) {
     rotate(room.index_query, s.index_heads, s.index_dim, 0, s.index_interleaved != 0);
     const int64_t row = s.index_heads * s.index_dim;
     for (int64_t i = 0; i < step.rows * s.index_heads; ++i) room.index_weights[i] *= float(s.index_scale);
+    SelectSpan spans[kMostRows];
     for (int64_t i = 0; i < step.span_count; ++i) {
       const StepSpan& span = step.spans[i];
-      const SelectArgs args{room.index_query + span.row * row, row, s.index_dim,
-                            room.index_weights + span.row * s.index_heads, s.index_heads, s.index_heads, s.index_dim,
-                            keys, s.index_dim, scales, span.table, step.block_size, span.start, s.topk};
-      select(c, args, step.selection + span.row * step.width, step.width, span.length);
+      spans[i] = {{room.index_query + span.row * row, row, s.index_dim, room.index_weights + span.row * s.index_heads,
+                   s.index_heads, s.index_heads, s.index_dim, keys, s.index_dim, scales, span.table, step.block_size,
+                   span.start, s.topk},
+                  step.selection + span.row * step.width, span.length};
     }
+    select_spans(c, spans, step.span_count, step.width);
     c.clock.mark(Part::kIndexerSelect);
   }
 
   // The experts that a layer's router chooses for room.x.
   void choose(const LayerWeights& w, int64_t* ids, float* weights) const {
-    const bf16* xs[kRows];
-    void* scores[kRows];
+    const bf16* xs[kMostRows];
+    void* scores[kMostRows];
     for (int64_t m = 0; m < step.rows; ++m) xs[m] = room.x + m * s.hidden, scores[m] = room.scores + m * w.experts;
     const ProductArgs router{w.router, xs, scores, step.rows, nullptr, true};
-    few_products(c, &router, 1);
+    any_product(c, router);
     route(c, {w.router_bias, w.experts, s.chosen, s.normalise != 0, float(s.router_scale)}, room.scores, step.rows, ids,
           weights);
   }
@@ -174,7 +190,7 @@ struct Runner {
     c.clock.mark(Part::kNorms);
     if (w.experts == 0) {
       swiglu(c, {w.gate, w.up, w.down}, room.y, room.x, s.hidden, step.rows);
-      add(room.y);
+      add(step.hidden, room.y);
       return c.clock.mark(Part::kMlp);
     }
     choose(w, room.ids, room.expert_weights);
@@ -185,8 +201,8 @@ struct Runner {
                 s.expert_width, w.expert_gate_up, w.expert_down});
     c.clock.mark(Part::kExperts);
     swiglu(c, {w.gate, w.up, w.down}, room.shared, room.x, s.hidden, step.rows);
-    c.kernels.accumulate(room.y, room.shared, step.rows * s.hidden);
-    add(room.y);
+    add(room.y, room.shared);
+    add(step.hidden, room.y);
     c.clock.mark(Part::kMlp);
   }
 };

@@ -1,4 +1,4 @@
-// Whole decoder layers in one call, for a few rows: what a layer is made of, as Python describes it.
+// Whole decoder layers in one call, for the rows of a decode step: what a layer is made of, as Python describes it.
 //
 // The structs are mirrored by freehold/model/ops/fused.py, field by field; every field is 8 bytes.
 #pragma once
@@ -51,7 +51,9 @@ struct LayerStep {
 
 struct Context;
 
-// At most kRows rows. The sums are those of the separate calls, in the same order.
+constexpr int64_t kMostRows = 256;
+
+// At most kMostRows rows, in spans of at most kSelectRows. The sums are those of the separate calls, in the same order.
 void run_layers(Context& c, const LayerSizes& sizes, const LayerWeights* layers, int64_t count, const LayerStep& step);
 
 }  // namespace freehold

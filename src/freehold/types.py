@@ -6,7 +6,7 @@ Torch-free and JSON-free. Everything here is frozen; a change is a new object.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -120,9 +120,12 @@ class TokenChunk:
         if later.error is not None or later.finish_reason is FinishReason.ABORT:
             return None
         logprobs = None if later.logprobs is None else (self.logprobs or ()) + later.logprobs
-        return replace(
-            later,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=self.logprobs if logprobs is None else logprobs,
-            prompt_logprobs=self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
+        return TokenChunk(
+            later.request_id,
+            self.token_ids + later.token_ids,
+            self.logprobs if logprobs is None else logprobs,
+            self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
+            later.finish_reason,
+            later.stop_token_id,
+            later.usage,
         )

@@ -7,7 +7,7 @@ whole output at once would give, cut at the stop string.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, Tokenizer
@@ -69,6 +69,34 @@ class Detokenizer:
             if token is not None:
                 self._tokens.append(token)
             self._complete(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return self._release()
+
+    def feed_runs(self, token_ids: Sequence[int]) -> Iterator[Piece]:
+        """As `feed`, of tokens without logprobs: what lies between control tokens comes as one piece if it can.
+
+        Tokens are taken as pieces are asked for.
+        """
+        if self._stop:
+            for token_id in token_ids:
+                yield from self.feed(token_id)
+            return
+        run: list[bytes] = []
+        for token_id in token_ids:
+            if not _is_control(self._tokenizer, token_id):
+                run.append(self._tokenizer.token_bytes(token_id))
+                continue
+            yield from self._decode(run)
+            run.clear()
+            yield from self.feed(token_id)
+        yield from self._decode(run)
+
+    def _decode(self, run: Sequence[bytes]) -> list[Piece]:
+        """Take ordinary tokens together."""
+        if not run:
+            return []
+        self.count += len(run)
+        self._starts += len(run)
+        self._complete(self._decoder.decode(b"".join(run)))
         return self._release()
 
     def finish(self) -> list[Piece]:

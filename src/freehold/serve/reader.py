@@ -59,8 +59,9 @@ class TurnReader:
         min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
-        self._pieces = _PieceReader(tokenizer, stop, include_stop, min_tokens)
         text_tags = [tag for tag in TAGS if tokenizer.special_id(tag) is None]
+        # Where tags are ordinary text, tokens before and after one must be told apart.
+        self._pieces = _PieceReader(tokenizer, stop, include_stop, min_tokens, in_runs=not text_tags)
         self._parser = StreamParser(thinking, tools, parallel=parallel, text_tags=text_tags)
         self.finished = False
 
@@ -174,8 +175,17 @@ def _failed(chunk: TokenChunk) -> bool:
 class _PieceReader:
     """Chunks to pieces of text, without the token that ended the output. usage: of the last chunk."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], include_stop: bool, min_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        include_stop: bool,
+        min_tokens: int,
+        *,
+        in_runs: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._in_runs = in_runs
         self._include_stop = include_stop
         self._detokenizer = Detokenizer(tokenizer, stop, include_stop, min_tokens)
         self._hidden_stop = 0  # 1 if the token that ended the output was taken without showing it
@@ -192,16 +202,20 @@ class _PieceReader:
 
     def read(self, chunk: TokenChunk) -> Iterator[Piece]:
         self.usage = chunk.usage
-        logprobs = chunk.logprobs or (None,) * len(chunk.token_ids)
-        last = len(chunk.token_ids) - 1
-        for i, (token_id, entry) in enumerate(zip(chunk.token_ids, logprobs, strict=True)):
-            if i == last and chunk.stop_token_id is not None and not self._is_shown(token_id):
-                self._hidden_stop = 0 if self.stopped is not None else 1
-                break
-            token = None if entry is None else text_token(self._tokenizer, entry)
-            yield from self._detokenizer.feed(token_id, token)
-            if self.stopped is not None:
-                return
+        token_ids, hidden = chunk.token_ids, chunk.stop_token_id is not None and not self._is_shown(chunk.token_ids[-1])
+        if hidden:
+            token_ids = token_ids[:-1]
+        if chunk.logprobs is not None:
+            for token_id, entry in zip(token_ids, chunk.logprobs, strict=False):
+                yield from self._detokenizer.feed(token_id, text_token(self._tokenizer, entry))
+        elif self._in_runs:
+            yield from self._detokenizer.feed_runs(token_ids)
+        else:
+            for token_id in token_ids:
+                yield from self._detokenizer.feed(token_id)
+        if self.stopped is not None:
+            return
+        self._hidden_stop = int(hidden)
         if chunk.finish_reason is not None or chunk.error is not None:
             yield from self._detokenizer.finish()
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import pytest
 from blockbuster import blockbuster_ctx
 
-from freehold.engine import async_engine
 from freehold.engine.async_engine import AsyncEngine
-from freehold.engine.engine import Engine, EngineConfig
-from freehold.engine.step import SeqOutput, StepInput
 from freehold.errors import (
     ContextTooLong,
     EngineError,
@@ -22,92 +17,10 @@ from freehold.errors import (
     InsufficientMemory,
     InvalidRequest,
     Overloaded,
-    SlowReader,
     Unavailable,
 )
 from freehold.types import FinishReason, SamplingParams, TokenChunk
-
-
-class Gate:
-    """Counts up for every request. While `closed`, steps wait, so that tests decide when the engine advances."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.fail: Exception | None = None
-        self.threads: set[str] = set()
-        self.steps = 0
-        self.is_closed = False
-
-    def execute(self, step: StepInput) -> list[SeqOutput]:
-        self.threads.add(threading.current_thread().name)
-        self.open.wait(30)
-        self.steps += 1
-        if self.fail is not None:
-            raise self.fail
-        return [
-            SeqOutput(seq.request_id, (seq.start + len(seq.token_ids),) if seq.samples else ()) for seq in step.seqs
-        ]
-
-    def release(self, request_ids: tuple[str, ...]) -> None:
-        self.threads.add(threading.current_thread().name)
-
-    def close(self) -> None:
-        self.threads.add(threading.current_thread().name)
-        self.is_closed = True
-
-
-def make(**options: object) -> tuple[AsyncEngine, Gate]:
-    gate = Gate()
-    sizes = {
-        "model_name": "m",
-        "max_model_len": 5000,
-        "num_blocks": 400,
-        "eos_token_ids": (4999,),
-        "vocab_size": 5000,
-        "cache_bytes_per_token": 10,
-        "block_size": 8,
-        "max_num_seqs": 4,
-        "max_queue": 4,
-    }
-    return AsyncEngine(Engine(EngineConfig(**{**sizes, **options}), gate)), gate  # type: ignore[arg-type]
-
-
-@pytest.fixture
-async def running() -> AsyncIterator[tuple[AsyncEngine, Gate]]:
-    before = set(threading.enumerate())  # a server that other tests share may be running
-    engine, gate = make()
-    await engine.start()
-    yield engine, gate
-    gate.open.set()
-    await engine.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "freehold-engine" and thread not in before]
-
-
-def ask(engine: AsyncEngine, name: str, max_tokens: int = 5) -> AsyncGenerator[TokenChunk, None]:
-    return engine.submit(name, [1, 2, 3], SamplingParams(max_tokens=max_tokens))
-
-
-async def collect(stream: AsyncGenerator[TokenChunk, None]) -> list[TokenChunk]:
-    return [chunk async for chunk in stream]
-
-
-async def until(condition: object, seconds: float = 10.0) -> None:
-    """Wait for what the engine's thread will bring about."""
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not come about"
-        await asyncio.sleep(0.002)
-
-
-def empty(engine: AsyncEngine) -> bool:
-    stats = engine.stats()
-    return (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
-
-
-def tokens_of(chunks: Sequence[TokenChunk]) -> list[int]:
-    return [token for chunk in chunks for token in chunk.token_ids]
-
+from tests.gated_engine import Gate, ask, collect, empty, make, tokens_of, until
 
 # ── streams ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -234,62 +147,6 @@ async def test_a_used_id_is_refused_until_its_request_has_ended(running: tuple[A
     gate.open.set()
     await until(lambda: not engine._streams)
     assert len(tokens_of(await collect(ask(engine, "a")))) == 5
-
-
-async def test_a_stream_that_is_not_read_is_ended(
-    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_engine, "MOST_UNREAD", 20)
-    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 0.0)
-    engine, gate = running
-    slow = ask(engine, "slow", 3000)
-    await until(lambda: gate.steps > 20 and empty(engine))
-    assert engine.stats().finished[FinishReason.ABORT] == 1
-    assert len(tokens_of(await collect(ask(engine, "other", 10)))) == 10, "others do not notice"
-    chunks = await collect(slow)
-    assert [len(chunk.token_ids) for chunk in chunks] == [20, 0], "what waited is not lost, and comes at once"
-    assert isinstance(chunks[-1].error, SlowReader)
-    assert chunks[-1].finish_reason is FinishReason.ERROR
-    assert len(tokens_of(await collect(ask(engine, "slow", 3)))) == 3, "its id is free again"
-
-
-async def test_a_stream_that_is_read_in_time_is_not_ended(
-    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_engine, "MOST_UNREAD", 20)
-    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 0.0)
-    engine, gate = running
-    stream = ask(engine, "a", 21)
-    await until(lambda: gate.steps == 21 and empty(engine))
-    chunks = await collect(stream)
-    assert len(tokens_of(chunks)) == 21, "exactly as many as may wait, and the last"
-    assert chunks[-1].finish_reason is FinishReason.LENGTH
-
-
-async def test_tokens_that_come_fast_travel_together_but_the_first_does_not_wait(
-    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_engine, "FLUSH_SECONDS", 30.0)
-    engine, gate = running
-    sent: list[list[int]] = []
-    deliver = engine._deliver
-    monkeypatch.setattr(engine, "_deliver", lambda chunks: (sent.append(tokens_of(chunks)), deliver(chunks)))
-    chunks = await collect(ask(engine, "a", 40))
-    assert tokens_of(chunks) == list(range(3, 43))
-    assert sent[0] == [3], "its first token"
-    assert sent[1:] == [list(range(4, 43))], "and all the others with its last"
-    assert gate.steps >= 40
-
-
-async def test_a_full_stream_that_is_dropped_is_gone(
-    running: tuple[AsyncEngine, Gate], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_engine, "MOST_UNREAD", 2)
-    engine, gate = running
-    stream = ask(engine, "a", 2000)
-    await until(lambda: gate.steps > 5 and empty(engine))
-    await stream.aclose()
-    assert await collect(stream) == []
 
 
 async def test_throwing_into_a_stream_aborts(running: tuple[AsyncEngine, Gate]) -> None:

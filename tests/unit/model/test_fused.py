@@ -16,7 +16,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
 from freehold.model.inputs import ForwardInput, Span, single_sequence
 from freehold.model.mla import Plan
-from freehold.model.ops.fused import FusedLayers, fits
+from freehold.model.ops.fused import MOST_ROWS, FusedLayers, fits
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import KINDS, Kind
 from freehold.model.packing import forms, pack_model
@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # One of the two rotary layouts each, and an epsilon that counts.
     "mixed rope": size_config("nano") | {"rope_interleave": False, "rms_norm_eps": 0.05},
 }  # fmt: skip
-BLOCK, BLOCKS = 16, 80
+BLOCK, BLOCKS = 16, 400
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,6 +119,7 @@ BATCHES: dict[str, list[tuple[int, int]]] = {
     "chunk past topk": [(16, 83)],
     "chunk far above": [(9, 200)],
     "speculation": [(4, 33), (4, 7), (4, 150)],
+    "more than reduce in one order": [(1, 31 * i % 140) for i in range(20)] + [(16, 100), (3, 400)],
     "mixed": [(1, 40), (3, 5), (1, 0), (4, 88), (2, 200), (1, 100), (4, 13)],
 }
 
@@ -133,7 +134,7 @@ def test_one_call_is_the_layers_one_by_one(isa: str, name: str, kind: Kind, case
     assert torch.equal(fused, layered)
 
 
-@pytest.mark.parametrize("rows", range(1, SMALL_ROWS + 1))
+@pytest.mark.parametrize("rows", [*range(1, SMALL_ROWS + 2), 40, 64])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_number_of_sequences(name: str, rows: int) -> None:
     model = model_of(name, "int4")
@@ -215,16 +216,18 @@ def test_a_cache_of_another_engine_is_not_mixed_up() -> None:
 def test_other_steps_are_left_to_the_layers() -> None:
     model, ops = model_of("nano", "bf16"), native(SUPPORTED[0])
     fused = FusedLayers(ops, model.config, model.decoder_layers)
-    many, few = batch([(SMALL_ROWS + 1, 3)], 448), batch([(2, 3)], 448)
+    chunk, few = batch([(SMALL_ROWS + 1, 3)], 448), batch([(2, 3)], 448)
+    many = batch([(SMALL_ROWS, 3)] * (MOST_ROWS // SMALL_ROWS) + [(1, 3)], 448)
     with torch.inference_mode():
-        for inputs, dtype in ((many, torch.bfloat16), (few, torch.float32)):
+        for inputs, dtype in ((chunk, torch.bfloat16), (many, torch.bfloat16), (few, torch.float32)):
             hidden = normal(generator(4), inputs.num_rows, 64)
             before = hidden.clone()
             rope = model.rope.tables(inputs.positions_T)
             assert fused(hidden, inputs, rope, filled_cache(model.config, dtype)) is None
             assert torch.equal(hidden, before)
-    one_call, layered = both(model, ops, many)
-    assert torch.equal(one_call, layered)
+    for inputs in (chunk, many):
+        one_call, layered = both(model, ops, inputs)
+        assert torch.equal(one_call, layered)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +56,21 @@ def test_stop_strings_are_those_of_a_simple_search(text: str, stop: list[str]) -
         else:
             end, start, matched = min(ends)
             assert (found, detokenizer.stopped) == (text[: end if include else start], matched)
+
+
+@MANY
+@given(ids_of_any_kind, st.lists(st.integers(0, 40), max_size=6), st.sampled_from([(), ("the",), ("é 京",)]))
+def test_runs_are_the_tokens_one_by_one(ids: list[int], cuts: list[int], stop: tuple[str, ...]) -> None:
+    one_by_one, in_runs = Detokenizer(TOY, stop), Detokenizer(TOY, stop)
+    expected, found = decode(ids, one_by_one), list[Piece]()
+    borders = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    for first, last in pairwise(borders):
+        found += in_runs.feed_runs(ids[first:last])
+    found += in_runs.finish()
+    assert text_of(found) == text_of(expected)
+    assert [piece.text for piece in found if piece.control] == [piece.text for piece in expected if piece.control]
+    assert sum(piece.starts for piece in found) == sum(piece.starts for piece in expected)
+    assert (in_runs.count, in_runs.stopped) == (one_by_one.count, one_by_one.stopped)
 
 
 def test_characters_come_whole() -> None:

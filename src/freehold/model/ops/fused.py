@@ -1,4 +1,4 @@
-"""All decoder layers in one native call, for the few rows of a decode step.
+"""All decoder layers in one native call, for the rows of a decode step.
 
 A step of one token is hundreds of operations of a few microseconds, and each costs about as much again in Python. Here
 the whole stack of layers is described to C once, when the model is loaded, and a step is one call. It computes what the
@@ -27,6 +27,9 @@ from freehold.model.mla import LatentAttention
 from freehold.model.moe import MoE
 from freehold.model.ops.native import SMALL_ROWS, NativeOps
 from freehold.model.packed import PANEL, PackedHeads, PackedWeight
+
+MOST_ROWS = 256
+"""Of a step, in spans of at most SMALL_ROWS rows: kMostRows of `native/layers.h`."""
 
 
 def _struct(name: str, pointers: str, integers: str = "", doubles: str = "") -> type[ctypes.Structure]:
@@ -94,11 +97,11 @@ class FusedLayers:
     def __call__(
         self, hidden_TH: Tensor, inputs: ForwardInput, rope: tuple[Tensor, Tensor], cache: PagedCache
     ) -> Tensor | None:
-        """The layers' output, in hidden_TH; None for a step that is not one for it: many rows, another cache."""
-        rows = inputs.num_rows
-        if not 0 < rows <= SMALL_ROWS or cache.latent[0].dtype is not torch.bfloat16:
+        """The layers' output, in hidden_TH; None for a step that is not one for it: a prompt's chunk, another cache."""
+        rows, spans = inputs.num_rows, inputs.spans
+        short = rows <= SMALL_ROWS or (rows <= MOST_ROWS and all(span.length <= SMALL_ROWS for span in spans))
+        if rows == 0 or not short or cache.latent[0].dtype is not torch.bfloat16:
             return None
-        spans = inputs.spans
         width = min(self._topk, max(span.end for span in spans))
         selection = torch.empty((rows, width), dtype=torch.int64)
         # Addresses only: the tensors live until the call returns.
