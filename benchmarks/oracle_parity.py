@@ -27,6 +27,7 @@ from freehold.engine.sampler import Sampler
 from freehold.engine.step import StepInput
 from freehold.model.cache import PagedCache
 from freehold.model.glm import Glm
+from freehold.model.inputs import ForwardInput
 from freehold.model.oracle import compare_layers, load_oracle, load_ours, stable_selection
 from freehold.model.sizes import size_config
 from freehold.model.tiny import write_random_checkpoint
@@ -68,14 +69,14 @@ class RecordingRunner(ModelRunner):
         super().__init__(model, cache, sampler)
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
 
-    def _outputs(self, step: StepInput, hidden_TH: torch.Tensor) -> Any:
+    def _sample(self, step: StepInput, inputs: ForwardInput, hidden_TH: torch.Tensor, drafts: Any) -> Any:
         logits = self.model.logits(hidden_TH)
         row = 0
         for seq in step.seqs:
             for offset in range(len(seq.token_ids)):
                 self.rows.setdefault(seq.request_id, {})[seq.start + offset] = logits[row + offset].clone()
             row += len(seq.token_ids)
-        return super()._outputs(step, hidden_TH)
+        return super()._sample(step, inputs, hidden_TH, drafts)
 
 
 class Session:

@@ -17,7 +17,7 @@ from freehold.cli.quantize_as import QuantizeAs
 from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from freehold.cli.timings import StartClock
     from freehold.engine.engine import Engine
@@ -124,14 +124,9 @@ def serve(
     from freehold.serve.state import SamplingDefaults
 
     clock.mark("imports: server")
-    if sim == (directory is not None):
-        raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
-    if not sim and (sim_prefill_ms or sim_itl_ms or sim_drafts or sim_fault):
-        raise InvalidRequest("--sim-… options need --sim")
-    as_computed = index_cache is latent_cache is Stored.AUTO
-    for_model = verify or quantize or dtype is not Dtype.AUTO or not as_computed
-    if sim and (for_model or any(option is not None for option in (cache_bytes, expert_memory, threads, draft_tokens))):
-        raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
+    as_computed = dtype is Dtype.AUTO and index_cache is latent_cache is Stored.AUTO
+    of_model = (verify, quantize, not as_computed, cache_bytes, expert_memory, threads, draft_tokens is not None)
+    _check(directory, sim, of_sim=(sim_prefill_ms, sim_itl_ms, sim_drafts, sim_fault), of_model=of_model)
     if expert_dir is not None and expert_memory is None:
         raise InvalidRequest("--expert-dir needs --expert-memory")
     _log()
@@ -139,12 +134,9 @@ def serve(
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
     names = _names(served_model_name)
-    given: dict[str, Any] = {
-        "max_num_seqs": max_num_seqs,
-        "max_queue": max_queue,
-        "max_num_batched_tokens": max_num_batched_tokens,
-    }
-    given |= {"max_model_len": max_model_len, "model_name": names[0] if names else None}
+    given: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
+    given |= {"max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len}
+    given["model_name"] = names[0] if names else None
     limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
@@ -168,6 +160,16 @@ def serve(
         )
         clock.mark("server")
         server.serve(state, sock, drain_timeout=drain_timeout, notice=_notice(clock if timings else None))
+
+
+def _check(directory: Path | None, sim: bool, *, of_sim: Iterable[object], of_model: Iterable[object]) -> None:
+    """Refuse options of the simulator without it, and those of a model with it."""
+    if sim == (directory is not None):
+        raise InvalidRequest("give a checkpoint directory, or --sim to serve canned text without one")
+    if not sim and any(of_sim):
+        raise InvalidRequest("--sim-… options need --sim")
+    if sim and any(of_model):
+        raise InvalidRequest(f"{_FOR_MODEL} are for a model; --sim has none")
 
 
 def _log() -> None:

@@ -149,11 +149,11 @@ def test_an_interrupted_start_goes_on(directory: Path, files: Path, monkeypatch:
     loaded: list[int] = []
     put = PagedStack.load
 
-    def stopping(stack: PagedStack, source: Any, index: int = 0, first: int = 0) -> None:
+    def stopping(stack: PagedStack, source: Any, index: int = 0, first: int = 0, *, name: str = "weight") -> None:
         if len(loaded) == 100:
             raise KeyboardInterrupt
         loaded.append(index)
-        put(stack, source, index, first)
+        put(stack, source, index, first, name=name)
 
     monkeypatch.setattr(PagedStack, "load", stopping)
     with pytest.raises(KeyboardInterrupt):
