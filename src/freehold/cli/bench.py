@@ -71,7 +71,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Compute threads.", min=1, show_default="one a core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure where an engine's time goes, or what 8-bit caches cost in quality."""
+    """Measure where time goes, or what 8-bit caches cost in quality."""
     from rich.console import Console
 
     scheme: Quantize | None = None if quantize is None else quantize.value

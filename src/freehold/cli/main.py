@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, str] = {
     "inspect": "Show what a checkpoint holds, from its headers only.",
     "quantize": "Write an int8, int4 or FP8 copy of a checkpoint, and measure it.",
     "debug": "Name the first layer whose output differs from transformers'.",
-    "bench": "Measure where an engine's time goes, or what 8-bit caches cost in quality.",
+    "bench": "Measure where time goes, or what 8-bit caches cost in quality.",
 }
 
 FIRST_STEPS = """\
