@@ -201,6 +201,8 @@ class ExpertPager:
         """Begin to read what is missing of these experts of a layer, which the layer before, now computed, names."""
         self._collect()
         wanted = np.unique(np.asarray(experts, np.int64)) + layer * self._experts
+        if len(wanted) >= _MANY * self._experts:
+            return  # a prompt: `need` has begun to read
         before = np.arange((layer - 1) * self._experts, layer * self._experts)
         self._read_ahead(layer, wanted, keep=np.concatenate((before, wanted)))
 
