@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from freehold.engine.draft_policy import FixedDrafts, Policy
+from freehold.engine.drafts import Drafter
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.guide import GuideCompiler
 from freehold.engine.request import Request
@@ -99,6 +100,12 @@ def new_engine(
         num_draft_tokens=num_drafts,
     )
     return Engine(sizes, runner)
+
+
+def drafter_of(engine: Engine) -> Drafter:
+    assert isinstance(engine.runner, ModelRunner)
+    assert engine.runner.drafter is not None
+    return engine.runner.drafter
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenChunk]]:

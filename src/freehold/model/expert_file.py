@@ -97,11 +97,13 @@ class ExpertFile:
         sizes = [layout.experts * layout.record_bytes(layer) for layer in range(len(layout.layers))]
         self._starts = list(accumulate(sizes, initial=_pages(4 * _PIECES * layout.records)))  # of each layer's records
         self.num_bytes = self._starts[-1]
-        self._reader = -1
+        self._writer = self._reader = -1
         self._pending = 0
-        self._writer = self._open()
+        self._writer, refused = self._open()
         locked = self._lock()
         if os.fstat(self._writer).st_size != self.num_bytes:
+            if refused is not None:
+                raise self._refusal(refused)
             if not locked:
                 raise self._busy()
             self._make()
@@ -110,18 +112,29 @@ class ExpertFile:
         self._new = np.zeros_like(self._sums)  # not yet in the file
         if self.complete:
             self.finish()
+        elif refused is not None:
+            raise self._refusal(refused)
         elif not locked:
             raise self._busy()
 
-    def _open(self) -> int:
+    def _open(self) -> tuple[int, str | None]:
+        """A descriptor; and why it is only for reading, if it is: a complete file on a disk that is mounted so will do."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), None
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: the file of packed experts cannot be made ({error.strerror}); name another directory "
-                "with --expert-dir"
-            ) from None
+            refused = error.strerror
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), refused
+        except OSError:
+            raise self._refusal(refused) from None
+
+    def _refusal(self, reason: str) -> CheckpointError:
+        self.close()
+        return CheckpointError(
+            f"{self.path}: the file of packed experts cannot be made ({reason}); name another directory with "
+            "--expert-dir"
+        )
 
     def _lock(self) -> bool:
         """Whether nobody else is writing, or looking. Held until `finish` or `close`."""

@@ -96,8 +96,10 @@ def page_experts(
         "packing": packing_digest(),
     }
     file = ExpertFile(directory if directory is not None else source / DIRECTORY, layout, label, depends_on)
+    if stages is None:
+        stages = sum(isinstance(layer.mlp, MoE) for layer in model.decoder_layers)  # dense ones are not in the file
     try:
-        pager = ExpertPager(file, budget, stages=len(model.decoder_layers) if stages is None else stages)
+        pager = ExpertPager(file, budget, stages=stages)
     except BaseException:
         file.close()
         raise

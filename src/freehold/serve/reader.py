@@ -89,8 +89,7 @@ class TurnReader:
 
     def _finish(self, reason: Reason, usage: Usage) -> TurnFinished:
         self.finished = True
-        usage = replace(usage, completion_tokens=self._pieces.count)
-        return TurnFinished(reason, usage, self._parser.reasoning_tokens, self._pieces.stopped)
+        return TurnFinished(reason, self._pieces.shown(usage), self._parser.reasoning_tokens, self._pieces.stopped)
 
 
 class TextReader:
@@ -133,7 +132,7 @@ class TextReader:
 
     def _finish(self, reason: Reason, usage: Usage) -> TurnFinished:
         self.finished = True
-        return TurnFinished(reason, replace(usage, completion_tokens=self._pieces.count), 0, self._pieces.stopped)
+        return TurnFinished(reason, self._pieces.shown(usage), 0, self._pieces.stopped)
 
 
 def _prompt(tokenizer: Tokenizer, entries: Iterable[TokenLogprobs | None]) -> tuple[TextToken | None, ...]:
@@ -190,6 +189,7 @@ class _PieceReader:
         self._detokenizer = Detokenizer(tokenizer, stop, include_stop, min_tokens)
         self._hidden_stop = 0  # 1 if the token that ended the output was taken without showing it
         self.usage = Usage()
+        self._before = Usage(), 0  # before the last chunk: the usage, and the tokens taken
 
     @property
     def stopped(self) -> str | None:
@@ -200,7 +200,15 @@ class _PieceReader:
         """Completion tokens: those taken, with the one that ended the output."""
         return self._detokenizer.count + self._hidden_stop
 
+    def shown(self, usage: Usage) -> Usage:
+        """A usage that counts only what became output: of the last chunk, tokens behind a stop string did not, be they
+        drafts that were accepted."""
+        before, taken = self._before
+        accepted = min(usage.draft_accepted, before.draft_accepted + max(0, self.count - taken))
+        return replace(usage, completion_tokens=self.count, draft_accepted=accepted)
+
     def read(self, chunk: TokenChunk) -> Iterator[Piece]:
+        self._before = self.usage, self.count
         self.usage = chunk.usage
         token_ids, hidden = chunk.token_ids, chunk.stop_token_id is not None and not self._is_shown(chunk.token_ids[-1])
         if hidden:

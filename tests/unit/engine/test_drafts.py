@@ -14,9 +14,8 @@ from freehold.engine.drafts import Drafter, most_drafts
 from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine
 from freehold.engine.request import Request
-from freehold.engine.runner import ModelRunner
 from freehold.engine.step import ScheduledSeq
-from tests.drafting import WORDS, draftable, greedy, new_engine, run, tokens, write_draftable
+from tests.drafting import WORDS, draftable, drafter_of, greedy, new_engine, run, tokens, write_draftable
 
 DRAW = random.Random(1)
 PROMPTS = [[DRAW.randrange(WORDS) for _ in range(DRAW.randint(3, 60))] for _ in range(4)]
@@ -61,12 +60,6 @@ def proposals(engine: Engine, request: Request) -> dict[int, tuple[int, ...]]:
         for proposal in drafter._proposals.values():
             found[proposal.position] = tuple(draft.token_id for draft in proposal.drafts)
     return found
-
-
-def drafter_of(engine: Engine) -> Drafter:
-    assert isinstance(engine.runner, ModelRunner)
-    assert engine.runner.drafter is not None
-    return engine.runner.drafter
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared selection", "own index"])

@@ -7,17 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from freehold.engine import loading
+from freehold.engine.draft_policy import FixedDrafts
 from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine
 from freehold.engine.request import Request
 from freehold.model.sizes import size_config
 from freehold.model.tiny import make_tiny, write_random_checkpoint
 from freehold.types import SamplingParams
+from tests.drafting import drafter_of, greedy, run, tokens, write_draftable
 from tests.native_cases import needs_native
 from tests.source_checks import ROOT
 
@@ -62,6 +65,32 @@ def test_the_same_tokens_with_batches_chunks_and_preemption(nano: Path, tmp_path
     assert paging.reads > 100
     assert paging.wait_seconds > 0
     paged.close()
+
+
+@needs_native
+@pytest.mark.parametrize("caches", ["auto", "fp8"])
+def test_drafts_of_paged_experts_change_no_token(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caches: Literal["auto", "fp8"]
+) -> None:
+    """The MTP layer's experts are the last in the file, after a dense layer that is not in it; a prompt needs all."""
+    write_draftable(tmp_path)
+    prompts = [[(7 * i + 3 * n) % 400 for i in range(10 + 12 * n)] for n in range(4)]
+    found: list[list[tuple[int, ...]]] = []
+    for drafts, memory in ((0, None), (3, 500_000)):
+        options = replace(
+            OPTIONS, expert_bytes=memory, num_draft_tokens=drafts, latent_cache=caches, index_cache=caches,
+            max_num_seqs=4, max_num_batched_tokens=16,
+        )  # fmt: skip
+        engine, _ = build_engine(tmp_path, options)
+        if drafts:
+            drafter_of(engine).policy = FixedDrafts(drafts)
+        chunks = run(engine, [greedy(f"r{i}", prompt, 40) for i, prompt in enumerate(prompts)])
+        found.append([tokens(each) for each in chunks.values()])
+        stats = engine.stats()
+        assert (stats.draft_accepted > 15) == (drafts > 0)
+        assert stats.paging is None or stats.paging.reads > 100
+        engine.close()
+    assert found[0] == found[1]
 
 
 @needs_native

@@ -173,3 +173,27 @@ def test_no_room_and_no_permission_are_said(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="name another directory with --expert-dir"):
         opened(tmp_path / "file" / "below")
+
+
+def test_a_complete_file_on_a_read_only_disk_is_read(complete: ExpertFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, open_file = complete.path.parent, os.open
+    complete.close()
+
+    def read_only(path: Any, flags: int, *mode: int) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open_file(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    file = opened(directory)
+    assert record(file, 1, 2)[:10] == content(1, 2, 0, 0)[0][:10]
+    file.close()
+    with pytest.raises(CheckpointError, match=r"cannot be made \(Read-only file system\).*--expert-dir"):
+        opened(directory, another="checkpoint")
+    with complete.path.open("r+b") as table:
+        table.write(bytes(4))  # a piece that is not written
+    with pytest.raises(CheckpointError, match=r"cannot be made \(Read-only file system\)"):
+        opened(directory)
+    os.truncate(complete.path, PAGE)
+    with pytest.raises(CheckpointError, match=r"cannot be made \(Read-only file system\)"):
+        opened(directory)

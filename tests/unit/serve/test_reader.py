@@ -49,6 +49,20 @@ def test_one_event_of_a_kind_a_chunk() -> None:
     assert reader.read(chunk) == [ReasoningDelta("one two"), ContentDelta("three four")]
 
 
+def test_drafts_behind_a_stop_string_are_not_output() -> None:
+    """Two drafts were accepted before the last step, and all four of it but the last token; the stop string cuts it
+    after one token, or two."""
+    first, second = TOY.encode("ab"), TOY.encode("wxyz")
+    assert len(second) == 4
+    for stop, taken in (("w", 1), ("wx", 2), ("z", 4), ("!", 4)):
+        for reader in (TurnReader(TOY, stop=[stop]), TextReader(TOY, stop=[stop])):
+            reader.read(TokenChunk("r", tuple(first), usage=Usage(3, 2, 0, 4, 2)))
+            chunk = TokenChunk("r", tuple(second), finish_reason=FinishReason.LENGTH, usage=Usage(3, 6, 0, 7, 5))
+            *_, finished = reader.read(chunk)
+            assert isinstance(finished, TurnFinished)
+            assert finished.usage == Usage(3, len(first) + taken, 0, 7, 2 + min(taken, 3)), stop
+
+
 def test_a_stream_that_just_ends_is_an_abort() -> None:
     usage = Usage(3, 9)
     for reader in (TurnReader(TOY), TextReader(TOY)):
