@@ -118,12 +118,12 @@ class ExpertFile:
             raise self._busy()
 
     def _open(self) -> tuple[int, str | None]:
-        """A descriptor; and why it is only for reading, if it is: a complete file on a disk that is mounted so will do."""
+        """A descriptor; and why it is only for reading, if it is: that does for a complete file."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), None
         except OSError as error:
-            refused = error.strerror
+            refused = error.strerror or str(error)
         try:
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), refused
         except OSError:
