@@ -118,8 +118,7 @@ def serve(
     """Serve a checkpoint behind an OpenAI-compatible API."""
     from freehold.cli.timings import StartClock
 
-    clock = StartClock()
-    clock.mark("interpreter, command line")
+    (clock := StartClock()).mark("interpreter, command line")
     from freehold.serve import server
     from freehold.serve.state import SamplingDefaults
 
@@ -139,13 +138,10 @@ def serve(
     if salt_per_key and not keys:
         raise InvalidRequest(f"--salt-per-key needs API keys: set {server.API_KEY_VARIABLE} or give --api-key-file")
     names = _names(served_model_name)
-    given: dict[str, Any] = {
-        "max_num_seqs": max_num_seqs,
-        "max_queue": max_queue,
-        "max_num_batched_tokens": max_num_batched_tokens,
-    }
-    given |= {"max_model_len": max_model_len, "model_name": names[0] if names else None}
-    limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
+    limits |= {"max_num_batched_tokens": max_num_batched_tokens}
+    limits |= {"max_model_len": max_model_len} if max_model_len is not None else {}
+    limits |= {"model_name": names[0]} if names else {}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
         if directory is None:
