@@ -100,7 +100,7 @@ def main() -> None:
     options = EngineOptions(
         threads=ASKED["threads"], cache_bytes=ASKED["cache_bytes"], max_num_seqs=4, max_model_len=8192,
         max_num_batched_tokens=ASKED["chunk"], quantize=ASKED["quantize"], expert_bytes=ASKED["memory"],
-        enable_prefix_cache=False,
+        enable_prefix_cache=False, num_draft_tokens=0,
     )  # fmt: skip
     engine, _ = build_engine(ASKED["directory"], options)
     loaded, peak = time.perf_counter() - started, status("VmHWM", "RssAnon", "RssFile")

@@ -19,7 +19,7 @@ from freehold.engine.drafts import draw_draft
 from freehold.engine.sampler import Sampler
 from freehold.engine.speculate import Candidate, Draft, Rule, accept_or_resample, verify
 from freehold.engine.step import NewRequest
-from freehold.types import SamplingParams
+from freehold.types import Guide, SamplingParams
 from tests.faults.acceptance import WRONG_RULES
 
 VOCABULARY, LENGTH, DRAFTS = 12, 3, 2
@@ -31,9 +31,34 @@ SETTINGS = {
     "hot": {"temperature": 1.3},
     "top-k and min-p": {"temperature": 1.0, "top_k": 6, "min_p": 0.05},
     "penalised": {"temperature": 1.0, "frequency_penalty": 1.2, "logit_bias": {4: 1.5}},
+    "guided": {"temperature": 1.3, "top_p": 0.9, "guide": Guide("json_object")},  # in its place: EveryThird
 }
 # The chance that a right sampler fails; with so many samples, wrong ones fail by far more.
 LEVEL = 1e-4
+
+
+class EveryThird:
+    """In the place of a compiled guide: forbids every third token, other ones after each token that it accepted."""
+
+    def __init__(self) -> None:
+        self.output: tuple[int, ...] = ()
+
+    @staticmethod
+    def allows(output: tuple[int, ...], token: int) -> bool:
+        return (sum(output) + len(output) + token) % 3 > 0
+
+    def fill_mask(self) -> NDArray[np.uint8]:
+        allowed = [self.allows(self.output, token) for token in range(16)]
+        return np.packbits(allowed, bitorder="little")
+
+    def accept(self, token_id: int) -> None:
+        assert self.allows(self.output, token_id)
+        self.output += (token_id,)
+
+
+class Compiler:
+    def compile(self, guide: Guide) -> EveryThird:
+        return EveryThird()
 
 
 @cache
@@ -51,6 +76,8 @@ def next_probabilities(params: SamplingParams, output: tuple[int, ...]) -> NDArr
         row[token] += bias
     for token, count in Counter(output).items():
         row[token] -= params.frequency_penalty * count
+    if params.guide is not None:
+        row[[token for token in range(VOCABULARY) if not EveryThird.allows(output, token)]] = -np.inf
     weights = np.exp((row - row.max()) / params.temperature)
     weights /= weights.sum()
     order = np.argsort(-weights, kind="stable")
@@ -91,7 +118,7 @@ def next_probabilities_cached(key: str, output: tuple[int, ...]) -> NDArray[np.f
 def sample(params: SamplingParams, count: int, rule: Rule) -> tuple[Counter[tuple[int, ...]], float]:
     """Continuations of LENGTH tokens, and the share of drafts that were accepted."""
     target_VV, draft_VV = tables()
-    sampler = Sampler(VOCABULARY, (), None)
+    sampler = Sampler(VOCABULARY, (), Compiler())  # type: ignore[arg-type]
     sampler._random.seed(12345)
     found: Counter[tuple[int, ...]] = Counter()
     proposed = accepted = 0

@@ -118,8 +118,7 @@ def serve(
     """Serve a checkpoint behind an OpenAI-compatible API."""
     from freehold.cli.timings import StartClock
 
-    clock = StartClock()
-    clock.mark("interpreter, command line")
+    (clock := StartClock()).mark("interpreter, command line")
     from freehold.serve import server
     from freehold.serve.state import SamplingDefaults
 

@@ -207,8 +207,7 @@ class Sampler:
             except FreeholdError as failure:
                 picks.append(failure)
             except Exception as failure:  # a defect here must not end every other request
-                logger.exception("sampling for request %s failed", state.request_id)
-                picks.append(EngineError(f"request {state.request_id}: sampling failed ({type(failure).__name__})"))
+                picks.append(sampling_failed(state.request_id, failure))
         return picks
 
     def _logprobs(
@@ -270,3 +269,9 @@ def _block_size(vocab_size: int) -> int:
     """The largest power of two up to 512 that divides the vocabulary, or all of it where that would be tiny."""
     block = math.gcd(vocab_size, _LARGEST_BLOCK)
     return block if block >= 32 else vocab_size
+
+
+def sampling_failed(request_id: str, failure: Exception) -> EngineError:
+    """What a request ends with when its sampling raised what it should not have. Logs the failure."""
+    logger.error("sampling for request %s failed", request_id, exc_info=failure)
+    return EngineError(f"request {request_id}: sampling failed ({type(failure).__name__})")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freehold.engine.sampler import Sampled, Sampler
+from freehold.engine.sampler import Sampled, Sampler, sampling_failed
 from freehold.engine.sampling_state import Lane, RequestState, Row, broken_logits, draw, probabilities
 from freehold.errors import FreeholdError
 from freehold.types import TokenLogprobs
@@ -192,3 +192,5 @@ def _judge(logits_V: Tensor, state: RequestState, draft: Draft | None, rule: Rul
         return rule(probabilities(row_V, state), draft.q_V, draft.token_id, state.uniform)
     except FreeholdError as failure:
         return failure, False
+    except Exception as failure:  # a defect here must not end every other request
+        return sampling_failed(state.request_id, failure), False

@@ -118,7 +118,7 @@ class ExpertFile:
             raise self._busy()
 
     def _open(self) -> tuple[int, str | None]:
-        """A descriptor, and why it is only for reading, if it is: a complete file on a disk mounted so will do."""
+        """A descriptor; and why it is only for reading, if it is: that does for a complete file."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), None

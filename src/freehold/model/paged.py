@@ -23,7 +23,7 @@ from freehold.model.expert_file import ExpertFile, Layout, MatrixBytes, source_f
 from freehold.model.glm import Glm
 from freehold.model.moe import MoE
 from freehold.model.packed import KINDS, PANEL, Kind, PackedWeight, Source
-from freehold.model.pager import ExpertPager
+from freehold.model.pager import ExpertPager, check_budget
 
 DIRECTORY = ".freehold"
 """In the checkpoint's directory: what is derived from it, and may be deleted."""
@@ -89,6 +89,7 @@ def page_experts(
     if not stacks:
         raise ConfigError("--expert-memory: this model has no routed experts that can be paged")
     layout = Layout(tuple((gate_up.layout, down.layout) for gate_up, down in stacks), stacks[0][0].count)
+    check_budget(layout, budget)  # before room is taken on the disk
     files = [shard.path for shard in CheckpointIndex.open(source).shards]
     depends_on = {
         "files": source_files([*files, source / "config.json"]),

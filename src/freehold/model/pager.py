@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freehold.errors import InsufficientMemory
-from freehold.model.expert_file import ExpertFile
+from freehold.model.expert_file import ExpertFile, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ def _shelves(sizes: Sequence[int], experts: int, budget: int) -> dict[int, _Shel
     wanted = sum(size * count for size, count in more.items())
     share = min(1.0, spare / wanted) if wanted else 0.0
     return {size: _Shelf(least[size] + int(more[size] * share)) for size in least}
+
+
+def check_budget(layout: Layout, budget: int) -> None:
+    """Raises InsufficientMemory, with what is needed, for a budget that does not hold the experts of one layer."""
+    _shelves([layout.record_bytes(layer) for layer in range(len(layout.layers))], layout.experts, budget)
 
 
 class ExpertPager:

@@ -119,6 +119,22 @@ def test_a_broken_row_behind_good_ones_waits_for_its_own_step() -> None:
         assert again.token_ids == ()
 
 
+def test_a_defect_while_a_draft_is_judged_ends_only_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> tuple[int, bool]:
+        raise ValueError("a defect")
+
+    q_V = torch.softmax(logits(0), -1).numpy()
+    best = int(q_V.argmax())
+    sampler = new_sampler(SamplingParams(max_tokens=9, temperature=1.0))
+    sampler.add(NewRequest("greedy", (1,), SamplingParams(max_tokens=9, temperature=0.0)))
+    rows = torch.stack([logits(0), logits(1), logits(0), logits(1)])
+    candidates = [Candidate("a", 0, (Draft(best, q_V),)), Candidate("greedy", 2, (Draft(best),))]
+    failed, fine = verify(sampler, rows, candidates, broken)
+    assert str(failed.error) == "request a: sampling failed (ValueError)"
+    assert "a defect" in caplog.text
+    assert fine.token_ids == (best, int(logits(1).argmax()))
+
+
 def test_requests_of_all_kinds_are_verified_together() -> None:
     """Each gets what it gets alone, with its rows anywhere among the others'."""
     sampler = Sampler(VOCABULARY, EOS, GuideCompiler(TOKENIZER, EOS))

@@ -202,7 +202,8 @@ def test_damage_is_found_with_verify(directory: Path, files: Path) -> None:
 
 def test_refusals(directory: Path, files: Path) -> None:
     with pytest.raises(InsufficientMemory, match="all 24 experts of a layer"):
-        load(directory, quantize="int8", expert_bytes=50_000, expert_dir=files)
+        load(directory, quantize="int8", expert_bytes=50_000, expert_dir=files / "not made")
+    assert not (files / "not made").exists(), "a refusal takes no room on the disk"
     with pytest.raises(ConfigError, match="--expert-memory needs"):
         load(directory, dtype="float32", expert_bytes=TINY, expert_dir=files)
 
