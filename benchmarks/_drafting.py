@@ -14,6 +14,7 @@ from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine
 from freehold.engine.request import Request
 from freehold.engine.runner import ModelRunner
+from freehold.model.cache import PagedCache
 from freehold.types import SamplingParams
 
 Prompt = Sequence[int]
@@ -61,7 +62,7 @@ class Run:
 
 @dataclass
 class Drafting:
-    """One loaded model and its cache. Engines made from it must not run at the same time."""
+    """One loaded model and its cache. Engines made from it must not run at the same time, unless apart."""
 
     base: Engine
     _number: count[int] = field(default_factory=count)
@@ -80,39 +81,77 @@ class Drafting:
         assert isinstance(runner, ModelRunner)
         return runner
 
-    def engine(self, policy: FixedDrafts | DraftPolicy | None, most: int) -> Engine:
-        """An engine with a scheduler of its own and no prefix cache; policy None never touches the MTP layer."""
+    def engine(self, policy: FixedDrafts | DraftPolicy | None, most: int, *, apart: bool = False) -> Engine:
+        """An engine with a scheduler of its own and no prefix cache; policy None never touches the MTP layer.
+
+        apart: with a cache of its own, too, so that it can run beside others.
+        """
         config = dataclasses.replace(self.base.config, num_draft_tokens=most, enable_prefix_cache=False)
         own = self.runner
-        return Engine(config, ModelRunner(own.model, own.cache, own.sampler, policy))
+        cache = own.cache
+        if apart:
+            cache = PagedCache(own.model.config, config.num_blocks, config.block_size, own.model.dtype)
+        return Engine(config, ModelRunner(own.model, cache, own.sampler, policy))
 
     def fixed(self, drafts: int) -> Engine:
         return self.engine(FixedDrafts(drafts) if drafts else None, drafts)
 
     def run(self, engine: Engine, prompts: Sequence[Prompt], tokens: int) -> Run:
         """Greedy, all prompts at once, `tokens` tokens each."""
+        turn = self._turn(engine, prompts, tokens)
+        while engine.has_work:
+            turn.step()
+        return turn.result
+
+    def beside(self, engines: Sequence[Engine], prompts: Sequence[Prompt], tokens: int) -> list[Run]:
+        """As `run`, of engines with caches of their own that take turns step by step, each first as often as last: what
+        else the machine does meets all of them alike."""
+        turns = [self._turn(engine, prompts, tokens) for engine in engines]
+        while any(engine.has_work for engine in engines):
+            for turn in turns:
+                if turn.engine.has_work:
+                    turn.step()
+            turns.reverse()
+        if turns[0].engine is not engines[0]:
+            turns.reverse()
+        return [turn.result for turn in turns]
+
+    def _turn(self, engine: Engine, prompts: Sequence[Prompt], tokens: int) -> _Turn:
+        turn = _Turn(engine, tokens)
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        got: dict[str, list[int]] = {}
         for prompt in prompts:
             name = f"bench-{next(self._number)}"
-            got[name] = []
+            turn.got[name] = []
             engine.add(Request(name, tuple(prompt), params))
-        run = Run([])
-        while engine.has_work:
-            decoding = all(got.values()) and max(map(len, got.values())) < tokens
-            start = time.perf_counter()
-            chunks = engine.step()
-            seconds, number = time.perf_counter() - start, 0
-            for chunk in chunks:
-                if chunk.error is not None:
-                    raise chunk.error
-                got[chunk.request_id].extend(chunk.token_ids)
-                number += len(chunk.token_ids)
-            if decoding:
-                run.seconds += seconds
-                run.counted += number
-        run.tokens = [tuple(each) for each in got.values()]
-        return run
+        return turn
+
+
+@dataclass
+class _Turn:
+    """Requests of one engine on their way. got: tokens so far."""
+
+    engine: Engine
+    tokens: int
+    got: dict[str, list[int]] = field(default_factory=dict)
+    run: Run = field(default_factory=lambda: Run([]))
+
+    def step(self) -> None:
+        decoding = all(self.got.values()) and max(map(len, self.got.values())) < self.tokens
+        start = time.perf_counter()
+        chunks = self.engine.step()
+        seconds, number = time.perf_counter() - start, 0
+        for chunk in chunks:
+            if chunk.error is not None:
+                raise chunk.error
+            self.got[chunk.request_id].extend(chunk.token_ids)
+            number += len(chunk.token_ids)
+        if decoding:
+            self.run.seconds += seconds
+            self.run.counted += number
+
+    @property
+    def result(self) -> Run:
+        return Run([tuple(each) for each in self.got.values()], self.run.seconds, self.run.counted)
 
 
 def interleaved(arms: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
