@@ -18,7 +18,7 @@ These are choices, made so that running the layer wrongly shows; how much it cos
 from __future__ import annotations
 
 import numpy as np
-from _draft_target import CODE, CONST, NOISE, Array, E, F, G, P, T, Tensors, Y, _Layer, name_part
+from _draft_target import CODE, CONST, NOISE, Array, E, F, G, Layer, P, T, Tensors, Y, follow, name_part
 
 from freehold.model.config import GlmConfig
 
@@ -37,7 +37,7 @@ def warm_start(tensors: Tensors, config: GlmConfig, seed: int = 0) -> None:
     frequencies = config.rope_theta ** (-np.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)
     final = tensors["model.norm.weight"]
     _join(tensors, prefix, basis, final, generator)
-    layer = _Layer(tensors, config, config.num_hidden_layers, frequencies)
+    layer = Layer(tensors, config, config.num_hidden_layers, frequencies)
     _follow(layer)
     _stanza_index(layer)
     tensors[prefix + "self_attn.o_proj.weight"] *= basis[:, None]
@@ -69,20 +69,14 @@ def _join(tensors: Tensors, prefix: str, basis: Array, final: Array, generator: 
     tensors[prefix + "eh_proj.weight"] = (both * basis[:, None]).astype(np.float32)
 
 
-def _follow(layer: _Layer) -> None:
+def _follow(layer: Layer) -> None:
     word, stanza, _, _ = layer.read("q_a_proj.weight", *_ASKED)
-    value, before, stanza_before = layer.read("kv_a_proj_with_mqa.weight", T, P, G)
-    query, (up_key, up_value) = layer.query(0), layer.up(0)
-    for part, (asked, held) in enumerate(((word, before), (stanza, stanza_before))):
-        rows = slice(part * CODE, (part + 1) * CODE)
-        query[rows, asked], up_key[rows, held] = np.eye(CODE) * 3, np.eye(CODE) * 2
-    up_value[:CODE, value] = np.eye(CODE)
-    scale = float(np.sqrt(3 * CODE / layer.rank))
+    scale = follow(layer, word, stanza)
     layer.write(0, Y, scale)
     layer.write(0, T, _AHEAD * scale)
 
 
-def _stanza_index(layer: _Layer) -> None:
+def _stanza_index(layer: Layer) -> None:
     """Entries of the same stanza (their E is the query's) and of the next one (their E is the query's G)."""
     rows = np.arange(layer.rope, layer.rope + CODE)
     key = layer.parts["indexer.wk.weight"]

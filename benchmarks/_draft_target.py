@@ -117,7 +117,7 @@ def build_target(raw: dict[str, Any], seed: int = 0) -> Tensors:
         tensors[spec.name] = values
     _ends(tensors, codes(config.vocab_size, np.random.default_rng(seed)), np.random.default_rng(seed + 1))
     frequencies = config.rope_theta ** (-np.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)
-    layers = [_Layer(tensors, config, i, frequencies) for i in range(4)]
+    layers = [Layer(tensors, config, i, frequencies) for i in range(4)]
     _nearest_name(layers[0], copied=T, into=F)
     _token_before(layers[1])
     _nearest_name(layers[2], copied=G, into=E)
@@ -143,7 +143,7 @@ def _ends(tensors: Tensors, code: Array, generator: np.random.Generator) -> None
     head[songs, Y] = code[songs] * (_LOGIT / CODE / norm[Y])
 
 
-class _Layer:
+class Layer:
     """The attention of one layer, cleared, with a few writers. Inputs are the normed hidden states (norm weights 1)."""
 
     def __init__(self, tensors: Tensors, config: GlmConfig, layer: int, frequencies: Array) -> None:
@@ -193,7 +193,7 @@ class _Layer:
             rows[2 * pair, column], rows[2 * pair + 1, column] = size * np.cos(angle), size * np.sin(angle)
 
 
-def _nearest_name(layer: _Layer, copied: slice, into: slice) -> None:
+def _nearest_name(layer: Layer, copied: slice, into: slice) -> None:
     """Head 0 attends to the nearest token that is marked as a name, and copies a block of it."""
     (constant,) = layer.read("q_a_proj.weight", CONST)  # after its norm sqrt(q_lora_rank), 9.8
     value, mark = layer.read("kv_a_proj_with_mqa.weight", copied, NAME)
@@ -213,7 +213,7 @@ def _nearest_name(layer: _Layer, copied: slice, into: slice) -> None:
     index["indexer.weights_proj.weight"][0, CONST] = 1
 
 
-def _token_before(layer: _Layer) -> None:
+def _token_before(layer: Layer) -> None:
     """Heads 0 and 1 attend to the token before, and copy its T and F."""
     (constant,) = layer.read("q_a_proj.weight", CONST)
     blocks = layer.read("kv_a_proj_with_mqa.weight", T, F)
@@ -228,7 +228,7 @@ def _token_before(layer: _Layer) -> None:
     index["indexer.weights_proj.weight"][0, CONST] = 1
 
 
-def _match_index(layer: _Layer) -> None:
+def _match_index(layer: Layer) -> None:
     """The indexer of layer 2: P against the query's T, G against its F, and the nearest name for the head of layer 2.
 
     Codes lie in dimensions that are not rotated, and in the slowest rotary pairs, whose angles hardly change.
@@ -246,13 +246,20 @@ def _match_index(layer: _Layer) -> None:
     layer.parts["indexer.weights_proj.weight"][:3, CONST] = (1, 1, 1)
 
 
-def _follow(layer: _Layer) -> None:
-    """Head 0 attends to where this word stood in this stanza before, one token on, and copies the token there."""
+def _follow(layer: Layer) -> None:
     word, stanza = layer.read("q_a_proj.weight", T, F)
+    layer.write(0, Y, follow(layer, word, stanza))
+
+
+def follow(layer: Layer, word: slice, stanza: slice) -> float:
+    """Head 0 attends to where this word stood in this stanza before, one token on, and copies the token there.
+
+    word, stanza: what the query asks with. Returns the scale to write the copy with.
+    """
     value, before, stanza_before = layer.read("kv_a_proj_with_mqa.weight", T, P, G)
     query, (up_key, up_value) = layer.query(0), layer.up(0)
     for part, (asked, held) in enumerate(((word, before), (stanza, stanza_before))):
         rows = slice(part * CODE, (part + 1) * CODE)
         query[rows, asked], up_key[rows, held] = np.eye(CODE) * 3, np.eye(CODE) * 2
     up_value[:CODE, value] = np.eye(CODE)
-    layer.write(0, Y, float(np.sqrt(3 * CODE / layer.rank)))
+    return float(np.sqrt(3 * CODE / layer.rank))
