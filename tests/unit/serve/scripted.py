@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,17 +28,28 @@ END = special("<|user|>")
 class ScriptedRunner:
     """Gives every request the tokens of one script, `per_step` at a time, and then end-of-turn tokens for ever.
 
-    fail_after: the request fails when it has that many tokens. Each token's logprob is minus its place in the script.
+    fail_after: the request fails when it has that many tokens. seconds: that a step takes, for tests that must come in
+    between. Each token's logprob is minus its place in the script.
     """
 
-    def __init__(self, script: str, *, per_step: int = 1, fail_after: int | None = None, special: bool = True) -> None:
+    def __init__(
+        self,
+        script: str,
+        *,
+        per_step: int = 1,
+        fail_after: int | None = None,
+        special: bool = True,
+        seconds: float = 0.0,
+    ) -> None:
         self.token_ids = TOY.encode(script, special=special)
         self.per_step = per_step
         self.fail_after = fail_after
+        self.seconds = seconds
         self.params: dict[str, SamplingParams] = {}
         self.prompts: dict[str, tuple[int, ...]] = {}
 
     def execute(self, step: StepInput) -> list[SeqOutput]:
+        time.sleep(self.seconds)
         for new in step.new:
             self.params[new.request_id] = new.params
             self.prompts[new.request_id] = new.prompt_token_ids

@@ -140,7 +140,7 @@ async def test_a_stop_string_ends_the_request(per_step: int) -> None:
 
 
 async def test_a_stop_string_frees_the_engine_before_the_last_event() -> None:
-    async with scripted_engine(ScriptedRunner("one two " + "three " * 900)) as engine:
+    async with scripted_engine(ScriptedRunner("one two " + "three " * 900, seconds=0.002)) as engine:
         chat = ChatService(engine, TOY, ChatTemplate.builtin())
         events = chat.run(chat.prepare(turn(stop=("two",), params=replace(GREEDY, max_tokens=2000))), request_id="r")
         async for event in events:
@@ -250,7 +250,7 @@ async def test_seeds_differ_between_answers() -> None:
 
 
 async def test_closing_aborts() -> None:
-    async with scripted_engine(ScriptedRunner("a " * 4000)) as engine:
+    async with scripted_engine(ScriptedRunner("a " * 4000, seconds=0.002)) as engine:
         chat = ChatService(engine, TOY, ChatTemplate.builtin())
         prepared = chat.prepare(turn(params=replace(GREEDY, max_tokens=3000)))
         unread, closed, cancelled = (chat.run(prepared, request_id=name) for name in "abc")
@@ -272,7 +272,7 @@ async def test_closing_aborts() -> None:
 
 
 async def test_an_engine_that_stops_ends_the_turn() -> None:
-    async with scripted_engine(ScriptedRunner("a " * 4000)) as engine:
+    async with scripted_engine(ScriptedRunner("a " * 4000, seconds=0.002)) as engine:
         chat = ChatService(engine, TOY, ChatTemplate.builtin())
         events = chat.run(chat.prepare(turn(params=replace(GREEDY, max_tokens=3000))), request_id="r")
         await anext(events)
