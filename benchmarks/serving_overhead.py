@@ -42,10 +42,10 @@ from freehold.engine.async_engine import FLUSH_SECONDS
 from freehold.engine.engine import Engine
 from freehold.engine.loading import EngineOptions, build_engine
 from freehold.engine.request import Request
+from freehold.model.chat.template import ChatTemplate
 from freehold.model.tiny import make_tiny
 from freehold.model.tokenizer import Tokenizer
 from freehold.serve.reader import TurnReader
-from freehold.serve.template import ChatTemplate
 from freehold.serve.turn import ContentDelta, ReasoningDelta
 from freehold.types import SamplingParams
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from freehold import errors
 from freehold.cli.main import COMMANDS, build_app
-from freehold.serve import effort
+from freehold.model.chat import effort
 from freehold.serve.fields import FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ import pytest
 from freehold.engine.engine import Engine
 from freehold.engine.metrics import EngineStats
 from freehold.engine.sim import SimConfig, build_sim_engine
+from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import Tokenizer
 from freehold.serve.server import Server, base_url, build_state, open_socket
-from freehold.serve.template import ChatTemplate
 
 T = TypeVar("T")
 

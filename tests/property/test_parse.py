@@ -11,12 +11,12 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from freehold.model.chat.conversation import read_tools
+from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import Tokenizer
-from freehold.serve.conversation import read_tools
 from freehold.serve.detokenize import Detokenizer
 from freehold.serve.parse import TAGS, StreamParser
 from freehold.serve.reader import TurnReader, merge
-from freehold.serve.template import ChatTemplate
 from freehold.serve.turn import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart, TurnFinished
 from freehold.types import FinishReason, TokenChunk, ToolSpec, Usage
 

@@ -9,10 +9,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freehold.model.chat.effort import EFFORTS
+from freehold.model.chat.jinja_template import JinjaTemplate
+from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, Tokenizer
-from freehold.serve.effort import EFFORTS
-from freehold.serve.jinja_template import JinjaTemplate
-from freehold.serve.template import ChatTemplate
 
 TOY = Tokenizer.toy(512)
 MANY = settings(max_examples=max(150, settings().max_examples))  # the nightly profile has more

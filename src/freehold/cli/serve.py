@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from freehold.cli.timings import StartClock
     from freehold.engine.engine import Engine
     from freehold.engine.sim import Fault
+    from freehold.model.chat.template import ChatTemplate
     from freehold.model.tokenizer import Tokenizer
-    from freehold.serve.template import ChatTemplate
 
 
 class Dtype(StrEnum):
@@ -185,7 +185,7 @@ def _names(given: list[str] | None) -> tuple[str, ...]:
 
 
 def _template(directory: Path | None, profile: Profile) -> ChatTemplate:
-    from freehold.serve.template import ChatTemplate
+    from freehold.model.chat.template import ChatTemplate
 
     if profile is not Profile.AUTO:
         return ChatTemplate.builtin(profile.value)

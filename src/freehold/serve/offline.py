@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from freehold.engine.async_engine import AsyncEngine
     from freehold.engine.engine import Engine
     from freehold.engine.sim import SimConfig
+    from freehold.model.chat.template import ChatTemplate
     from freehold.model.tokenizer import Tokenizer
     from freehold.serve.state import SamplingDefaults, ServerState
-    from freehold.serve.template import ChatTemplate
 
 T = TypeVar("T", Completion, ChatResult)
 J = TypeVar("J")
@@ -312,9 +312,9 @@ def _open(
     model: str | Path, profile: str, sim: SimConfig | None, options: Mapping[str, Any], progress: bool
 ) -> ServerState:
     """The services that a server would have."""
+    from freehold.model.chat.template import ChatTemplate
     from freehold.model.config import GlmConfig
     from freehold.serve.state import SamplingDefaults
-    from freehold.serve.template import ChatTemplate
 
     engine: Engine
     if model == "sim":

@@ -30,8 +30,8 @@ from freehold.serve.state import SamplingDefaults, ServerState
 
 if TYPE_CHECKING:
     from freehold.engine.engine import Engine
+    from freehold.model.chat.template import ChatTemplate
     from freehold.model.tokenizer import Tokenizer
-    from freehold.serve.template import ChatTemplate
 
 API_KEY_VARIABLE = "FREEHOLD_API_KEY"
 

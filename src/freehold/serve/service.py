@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from freehold.errors import ContextTooLong, InvalidRequest, MissingExtra
+from freehold.model.chat.conversation import read_tools
+from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import Tokenizer
-from freehold.serve.conversation import read_tools
 from freehold.serve.reader import TextDelta, TextEvent, TextReader, TurnReader, error_of
-from freehold.serve.template import ChatTemplate
 from freehold.serve.turn import Event, PreparedTurn, Turn
 from freehold.types import Guide, SamplingParams, TokenChunk, ToolSpec
 

@@ -14,10 +14,10 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from freehold.engine.sim import SimConfig, build_sim_engine
+from freehold.model.chat.template import ChatTemplate
 from freehold.serve.app import build_app
 from freehold.serve.server import build_state
 from freehold.serve.state import SamplingDefaults, ServerState
-from freehold.serve.template import ChatTemplate
 
 HI = [{"role": "user", "content": "hi"}]
 

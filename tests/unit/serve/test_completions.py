@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from freehold.engine.sim import build_sim_engine
+from freehold.model.chat.template import ChatTemplate
 from freehold.serve.app import build_app
 from freehold.serve.server import build_state
-from freehold.serve.template import ChatTemplate
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import msgspec
 from starlette.routing import Route
 
 from freehold.engine.sim import build_sim_engine
+from freehold.model.chat.template import ChatTemplate
 from freehold.serve.app import API_MODULES, build_app, operations
 from freehold.serve.openapi import document
 from freehold.serve.server import build_state
-from freehold.serve.template import ChatTemplate
 
 
 def test_every_route_is_in_the_document_and_the_other_way_round() -> None:

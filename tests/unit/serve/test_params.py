@@ -10,13 +10,13 @@ import pytest
 
 from freehold.engine.sim import build_sim_engine
 from freehold.errors import InvalidRequest
+from freehold.model.chat.template import ChatTemplate
 from freehold.serve.app import build_app
 from freehold.serve.chat_turn import to_turn
 from freehold.serve.params import sampling_params
 from freehold.serve.schema import ChatRequest, CompletionRequest, SamplingRequest
 from freehold.serve.server import build_state
 from freehold.serve.state import ServerState
-from freehold.serve.template import ChatTemplate
 from freehold.serve.wire import decode
 from freehold.types import SamplingParams
 

@@ -18,8 +18,8 @@ from freehold.errors import (
     InvalidRequest,
     MissingExtra,
 )
+from freehold.model.chat.template import ChatTemplate
 from freehold.serve.service import MAX_TOKENS, ChatService, CompletionService, TextDelta, TextEvent
-from freehold.serve.template import ChatTemplate
 from freehold.serve.turn import (
     ContentDelta,
     Event,

@@ -14,8 +14,8 @@ from freehold.engine.async_engine import AsyncEngine
 from freehold.engine.guide import GuideCompiler
 from freehold.engine.sim import SimConfig, build_sim_engine
 from freehold.errors import EngineError
+from freehold.model.chat.template import ChatTemplate
 from freehold.serve.service import ChatService
-from freehold.serve.template import ChatTemplate
 from freehold.serve.turn import (
     ContentDelta,
     Event,

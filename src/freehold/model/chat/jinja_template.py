@@ -25,9 +25,9 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from freehold.errors import ConfigError, InvalidRequest
+from freehold.model.chat.conversation import Message
+from freehold.model.chat.effort import LEVELS, PROFILES, Effort, EffortProfile
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS
-from freehold.serve.conversation import Message
-from freehold.serve.effort import LEVELS, PROFILES, Effort, EffortProfile
 
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt"})  # not for callers to set
 _FIRST = 0xF0000  # private-use plane 15: this code point escapes, and those after it stand for control tokens

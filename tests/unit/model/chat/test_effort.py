@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from freehold.errors import InvalidRequest, UnknownField
-from freehold.serve.effort import EFFORTS, GLM_5, GLM_5_2, GLM_5_3, as_markdown, resolve
+from freehold.model.chat.effort import EFFORTS, GLM_5, GLM_5_2, GLM_5_3, as_markdown, resolve
 
 # effort -> (thinking, level, warned), written out so that a change of the table is a change here
 EXPECTED: dict[str, dict[str | None, tuple[bool, str | None, bool]]] = {

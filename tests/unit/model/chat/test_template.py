@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from freehold.errors import ConfigError, InvalidRequest, UnknownField
+from freehold.model.chat.template import ChatTemplate, RenderedPrompt, Segment
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, Tokenizer
-from freehold.serve.template import ChatTemplate, RenderedPrompt, Segment
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "templates"
+GOLDEN = Path(__file__).parents[3] / "golden" / "templates"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 FILES = {"glm-5.2": "glm_5_2.jinja", "glm-5.3": "glm_5_3.jinja"}
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from freehold.errors import ConfigError, InvalidRequest
+from freehold.model.chat.conversation import Message, read_messages, read_tools, tool_results_in_call_order
+from freehold.model.chat.effort import GLM_5_2, GLM_5_3, KNOWN_KWARGS, PROFILES, Effort, EffortProfile, resolve
+from freehold.model.chat.jinja_template import JinjaTemplate
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, Tokenizer
-from freehold.serve.conversation import Message, read_messages, read_tools, tool_results_in_call_order
-from freehold.serve.effort import GLM_5_2, GLM_5_3, KNOWN_KWARGS, PROFILES, Effort, EffortProfile, resolve
-from freehold.serve.jinja_template import JinjaTemplate
 
 _TOOLS_HEAD = (
     "\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
