@@ -51,7 +51,9 @@ TORCH = {
     "freehold.model.quantize",
     "freehold.model.quantize_tensors",
     "freehold.model.weights",
+    "freehold.train.loop",
     "freehold.train.optim",
+    "freehold.train.saved",
 }
 
 
