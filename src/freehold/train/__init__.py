@@ -1,1 +1,1 @@
-"""Training models of the GLM-5.2 architecture: data, objectives, optimisers, the loop, fine-tuning, publishing."""
+"""Training of the GLM-5.2 architecture: a small model from nothing, and one's own data on a model one has."""
