@@ -1,0 +1,1 @@
+"""Training and fine-tuning: data, objectives, the loop, adapters, and writing what came out as a checkpoint."""
