@@ -51,7 +51,11 @@ TORCH = {
     "freehold.model.quantize",
     "freehold.model.quantize_tensors",
     "freehold.model.weights",
+    "freehold.train.loop",
+    "freehold.train.optim",
+    "freehold.train.lora",
     "freehold.train.publish",
+    "freehold.train.saved",
 }
 
 

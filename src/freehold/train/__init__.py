@@ -1,1 +1,1 @@
-"""Training and fine-tuning: data, objectives, the loop, adapters, and writing what came out as a checkpoint."""
+"""Training of the GLM-5.2 architecture: a small model from nothing, and one's own data on a model one has."""
