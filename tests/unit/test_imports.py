@@ -25,6 +25,8 @@ TORCH = {
     "freehold.engine.runner",
     "freehold.engine.sampler",
     "freehold.engine.speculate",
+    "freehold.model.adapted",
+    "freehold.model.adapters",
     "freehold.model.cache",
     "freehold.model.glm",
     "freehold.model.group_quant",
