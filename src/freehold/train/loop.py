@@ -13,8 +13,6 @@ A run's directory:
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import signal
 import threading
@@ -29,15 +27,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from freehold.errors import CheckpointError, InvalidRequest, TrainingFailed
-from freehold.model.checkpoint_files import write_json
+from freehold.errors import InvalidRequest, TrainingFailed
 from freehold.train import saved
 from freehold.train.log import Log
 from freehold.train.optim import Optim, Optimiser
+from freehold.train.run_directory import begin, run_lock
 from freehold.train.schedule import Schedule
-
-RUN_NAME = "run.json"
-_LOCK_NAME = ".lock"
 
 
 class Sized(Protocol):
@@ -263,66 +258,20 @@ class Loop(Generic[B]):
                 signal.signal(number, handler)
 
 
-def begin(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Write run.json, or check that it has these settings. Raises InvalidRequest naming the first that differs."""
-    path = directory / RUN_NAME
-    wanted = json.loads(json.dumps(settings))
-    if not path.exists():
-        write_json(path, wanted)
-        return
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    differs = first_difference(held, wanted)
-    if differs is not None:
-        raise InvalidRequest(
-            f"{directory} has a run with other settings ({differs}): give those to continue it, or another directory"
-        )
-
-
-def first_difference(held: Any, wanted: Any, name: str = "") -> str | None:
-    """Where two values of JSON differ first, in words; None if nowhere."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in sorted(held.keys() | wanted.keys()):
-            at = f"{name}.{key}" if name else key
-            if key not in held or key not in wanted:
-                return f"{at} is {'only there' if key in held else 'not there'}"
-            if (found := first_difference(held[key], wanted[key], at)) is not None:
-                return found
-        return None
-    return None if held == wanted else f"{name}: {json.dumps(held)} there, {json.dumps(wanted)} here"
-
-
-@contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
-    """Makes the directory; raises InvalidRequest while another process trains in it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / _LOCK_NAME).open("w")
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be used: {error.strerror or error}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InvalidRequest(f"{directory}: another process trains here") from None
-        yield
-
-
 @contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
     """The same numbers each time: seeded, and no operation that adds in an order of its own."""
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # its one setting is a property that type checkers do not see
+    before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    memory.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     try:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 def _comparable(settings: LoopSettings) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def save(path: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: Mapping[
         file.write(encode_header(entries, {_FACTS: json.dumps(facts)}))
         for tensor in tensors.values():
             if tensor.numel():
-                file.write(memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+                file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def load_into(path: Path, group: str, targets: Mapping[str, Tensor]) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             if _FACTS not in (file.metadata() or {}):
                 raise CheckpointError(f"{path}: not the checkpoint of a training run")
             yield file

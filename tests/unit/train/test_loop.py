@@ -17,8 +17,9 @@ import torch
 from freehold.errors import CheckpointError, DiskFull, InvalidRequest, TrainingFailed
 from freehold.train import saved
 from freehold.train.log import Log, read_log
-from freehold.train.loop import StepReport, run_lock
+from freehold.train.loop import StepReport
 from freehold.train.optim import Optim
+from freehold.train.run_directory import run_lock
 from tests.unit.train.stand_in import StandIn, settings
 
 ROOT = Path(__file__).parents[3]
