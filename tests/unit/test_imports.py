@@ -25,6 +25,8 @@ TORCH = {
     "freehold.engine.runner",
     "freehold.engine.sampler",
     "freehold.engine.speculate",
+    "freehold.model.adapted",
+    "freehold.model.adapters",
     "freehold.model.cache",
     "freehold.model.glm",
     "freehold.model.group_quant",
@@ -53,6 +55,8 @@ TORCH = {
     "freehold.model.weights",
     "freehold.train.loop",
     "freehold.train.optim",
+    "freehold.train.lora",
+    "freehold.train.publish",
     "freehold.train.saved",
 }
 
