@@ -174,9 +174,7 @@ def finetune(
         artefact = directory / ADAPTER_NAME
         with _merged(source, artefact, directory) if held_out else nullcontext(source) as merged:
             after = measured(merged, "after")
-    result = Finetuned(
-        artefact, settings.method, len(train), len(held_out), weights, finished, before, after
-    )
+    result = Finetuned(artefact, settings.method, len(train), len(held_out), weights, finished, before, after)
     write_json(directory / RESULTS_NAME, {"settings": asdict(settings), **result.as_dict()})
     return result
 
@@ -209,9 +207,7 @@ def _train(
     """(weights trained, how it went); leaves the adapter or the checkpoint in the directory."""
     model = Glm(config, dtype=torch.float32)
     index = load_weights(model, source)
-    objective = Objective(
-        mtp_weight=_MTP_WEIGHT if config.has_mtp else 0.0, indexer="sparse", balance_rate=0.0
-    )
+    objective = Objective(mtp_weight=_MTP_WEIGHT if config.has_mtp else 0.0, indexer="sparse", balance_rate=0.0)
     training = TrainingModel(model, objective)
     learner: TrainingModel | _Adapting = training
     parameters: dict[str, nn.Parameter]
@@ -266,7 +262,11 @@ def _batches(corpus: Corpus, settings: FinetuneSettings) -> Batches:
         lengths.append(2 * lengths[-1])
     documents = Documents(corpus.ids, corpus.trained, corpus.starts)
     return Batches(
-        documents, lengths=lengths, tokens=max(settings.batch_tokens, lengths[-1]), seed=settings.seed, prompt_weight=0.0
+        documents,
+        lengths=lengths,
+        tokens=max(settings.batch_tokens, lengths[-1]),
+        seed=settings.seed,
+        prompt_weight=0.0,
     )
 
 

@@ -21,7 +21,7 @@ def initialise(model: Glm, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     writers = 2 * model.config.num_hidden_layers
     for name, parameter in model.named_parameters():
-        if name.endswith("e_score_correction_bias") or name.endswith("bias"):
+        if name.endswith("bias"):  # the routers' correction too
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
