@@ -8,12 +8,13 @@ from typing import Any
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import Tokenizer
 from freehold.train.corpus import Corpus, corpus_of
+from freehold.train.data.example import pieces
 from freehold.train.data.mixture import drawn
 from freehold.train.objective import Objective
 from freehold.train.optim import Optim
 from freehold.train.recipe import Stage
 from freehold.train.shape import tiny_config
-from freehold.train.tokenizer import texts_of, train_tokenizer
+from freehold.train.tokenizer import train_tokenizer
 
 MIXTURE = {"retrieval": 1.0, "text": 1.0}
 VOCABULARY = 640
@@ -29,7 +30,8 @@ def small_config(**changes: Any) -> dict[str, Any]:
 @cache
 def small_tokenizer() -> Tokenizer:
     examples = [drawn(MIXTURE, "train", 0, index) for index in range(60)]
-    return train_tokenizer(texts_of(examples, ChatTemplate.builtin()), VOCABULARY)
+    template = ChatTemplate.builtin()
+    return train_tokenizer((text for example in examples for text in pieces(example, template)), VOCABULARY)
 
 
 @cache

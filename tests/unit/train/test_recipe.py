@@ -40,7 +40,7 @@ def test_the_recipe_of_freehold_tiny_is_a_model_of_at_most_12_million_bytes() ->
     config = GlmConfig.from_dict(recipe.config)
     assert config.has_mtp
     assert {"full", "shared"} == set(config.indexer_types)
-    assert [stage.name for stage in recipe.stages][0] == "pretrain"
+    assert recipe.stages[0].name == "pretrain"
     assert recipe.stages[-1].objective.indexer == "sparse"  # as it is run
     assert recipe.stages[-1].lengths[-1] > 4 * config.index_topk
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from freehold.errors import InvalidRequest
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.glm import Glm
-from freehold.train.corpus import corpus_of
+from freehold.train.corpus import Corpus, corpus_of
 from freehold.train.data.example import Example
 from freehold.train.log import read_log
 from freehold.train.loop import StepReport
@@ -37,7 +38,7 @@ def figures(directory: Path) -> list[tuple[float, ...]]:
     return list(zip(log["step"], log["tokens"], log["norm"], log["loss"], log["language"], strict=True))
 
 
-def interrupt_after(step: int) -> object:
+def interrupt_after(step: int) -> Callable[[StepReport], None]:
     def report(made: StepReport) -> None:
         if made.step == step:
             signal.raise_signal(signal.SIGINT)
@@ -144,29 +145,25 @@ def test_generated_data_is_kept_and_held_out_data_is_other(tmp_path: Path) -> No
     assert len(progress) == count  # read, not made
     assert (one.ids == again.ids).all()
     assert held is not None
-    assert not set(map(bytes, documents(one))) & set(map(bytes, documents(held)))
+    assert not set(documents(one)) & set(documents(held))
 
 
-def documents(corpus) -> list[object]:  # type: ignore[no-untyped-def]
-    return [corpus.document(i)[0] for i in range(len(corpus))]
+def documents(corpus: Corpus) -> list[bytes]:
+    return [corpus.document(i)[0].tobytes() for i in range(len(corpus))]
 
 
 def test_text_files_and_chats_are_sources(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Some text of the user's.\n", encoding="utf-8")
-    (tmp_path / "chats.jsonl").write_text(
-        "".join(
-            json.dumps({"messages": [{"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "Yes."}]})
-            + "\n"
-            for n in range(40)
-        )
-    )  # fmt: skip
+    answer = {"role": "assistant", "content": "Yes."}
+    chats = [{"messages": [{"role": "user", "content": f"Number {n}?"}, answer]} for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     tokenizer = small_tokenizer()
     text, none = Source(text=(tmp_path / "a.txt",)).corpora(tmp_path, small_stage(), tokenizer, lambda *_: None)
     assert none is None
     assert "Some text of the user's." in tokenizer.decode([int(i) for i in text.ids])
-    chats, held = Source(chats=(tmp_path / "chats.jsonl",)).corpora(tmp_path, small_stage(), tokenizer, lambda *_: None)
+    kept, held = Source(chats=(tmp_path / "chats.jsonl",)).corpora(tmp_path, small_stage(), tokenizer, lambda *_: None)
     assert held is not None
-    assert len(chats) + len(held) == 40
+    assert len(kept) + len(held) == 40
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
