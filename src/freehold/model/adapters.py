@@ -44,8 +44,8 @@ _BAND = 1 << 24  # weights merged at a time: what is in memory in fp32 on the wa
 # Keys that say how an adapter came about, or where: they change nothing about what it is.
 _NOT_USED = frozenset(
     "auto_mapping base_model_name_or_path revision peft_version inference_mode lora_dropout init_lora_weights "
-    "task_type target_modules exclude_modules layers_to_transform layers_pattern loftq_config eva_config corda_config "
-    "runtime_config megatron_core qalora_group_size ensure_weight_tying".split()
+    "task_type target_modules target_parameters exclude_modules layers_to_transform layers_pattern loftq_config "
+    "eva_config corda_config runtime_config megatron_core qalora_group_size ensure_weight_tying".split()
 )
 _USED = frozenset(("peft_type", "r", "lora_alpha", "use_rslora", "bias"))
 # These make the base another one while they initialise, so the factors do not belong to the published weights.
@@ -154,7 +154,8 @@ def _shown(value: Any) -> str:
 
 def _matrix(path: Path, name: str, spec: TensorSpec | None) -> TensorSpec:
     if spec is None or len(spec.shape) != 2 or spec.part == "embed":
-        raise CheckpointError(f"{path}: tensor {name!r} is for no matrix of this model")
+        stacked = "; of routed experts, give each its own factors" if ".mlp.experts." in name else ""
+        raise CheckpointError(f"{path}: tensor {name!r} is for no matrix of this model{stacked}")
     return spec
 
 
