@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -78,7 +78,7 @@ def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="As PEFT saves one.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the new checkpoint; never overwritten.")],
 ) -> None:
-    """Write a copy of a checkpoint with an adapter merged into it."""
+    """Merge an adapter into a new checkpoint."""
     from rich.console import Console
 
     from freehold.cli.progress import byte_progress
@@ -116,26 +116,29 @@ def _set_threads(threads: int | None) -> None:
 
 @contextmanager
 def _reports() -> Iterator[Reports]:
-    """Bars on stderr, one for each phase."""
-    from rich.progress import MofNCompleteColumn, TaskID, TextColumn
-
-    from freehold.serve.progress import bar
+    """Progress on stderr, of one phase at a time."""
+    from freehold.cli.progress import count_progress
+    from freehold.cli.training_progress import training_progress
     from freehold.train.finetune import Phase, Reports
     from freehold.train.loop import StepReport
 
-    with bar(True, MofNCompleteColumn(), TextColumn("{task.fields[note]}")) as shown:
-        tasks: dict[str, TaskID] = {}
+    with ExitStack() as stack:
+        measuring: dict[Phase, Callable[[int, int], None]] = {}
+        training: list[Callable[[StepReport], None]] = []
 
-        def advance(phase: Phase, done: int, total: int, note: str) -> None:
-            if phase not in tasks:
-                tasks[phase] = shown.add_task(phase, note=note)
-            shown.update(tasks[phase], completed=done, total=total, note=note)
+        def measured(phase: Phase, done: int, total: int) -> None:
+            if phase not in measuring:
+                stack.close()
+                measuring[phase] = stack.enter_context(count_progress(f"held-out chats, {phase}", "chats"))
+            measuring[phase](done, total)
 
         def step(report: StepReport) -> None:
-            rate = report.tokens / max(report.seconds, 1e-9)
-            advance("training", report.step, report.steps, f"loss {report.loss:.3f}, {rate:,.0f} tokens/s")
+            if not training:
+                stack.close()
+                training.append(stack.enter_context(training_progress("training")))
+            training[0](report)
 
-        yield Reports(lambda phase, done, total: advance(phase, done, total, "chats"), step)
+        yield Reports(measured, step)
 
 
 def _print_result(result: Finetuned, model: Path, console: Console) -> None:
