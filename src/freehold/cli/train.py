@@ -9,6 +9,11 @@ SUBCOMMANDS: Mapping[str, tuple[str, str]] = {
     "pretrain": ("freehold.cli.train_stage", "Train on text, with dense attention: from nothing, or further."),
     "indexer": ("freehold.cli.train_stage", "Teach the indexers of a trained model what its attention looks at."),
     "sft": ("freehold.cli.train_stage", "Train on chats, with sparse attention, mostly on what the assistant says."),
+    "finetune": (
+        "freehold.cli.finetune",
+        "Fine-tune a checkpoint on your own chats, and show what that did to those held out.",
+    ),
+    "merge": ("freehold.cli.finetune", "Merge an adapter into a new checkpoint."),
     "plot": ("freehold.cli.train_plot", "Draw the log of a run as a PNG."),
 }
 

@@ -59,7 +59,7 @@ def pretrain(
     )  # fmt: skip
     if start is not None and (config is not None or tokenizer is not None):
         raise InvalidRequest("--config and --tokenizer are for a model from nothing; --from has its own")
-    _set_threads(threads)
+    set_threads(threads)
     from freehold.train.stages import Source
 
     source = Source(text=tuple(text or ()))
@@ -84,7 +84,7 @@ def indexer(
 ) -> None:
     """Teach the indexers of a trained model what its attention looks at."""
     asked = _Asked(tokens, optimizer, lr, schedule, batch_tokens, accumulate, longest, bf16, None, seed, threads)
-    _set_threads(threads)
+    set_threads(threads)
     from freehold.train.stages import Source
 
     _train("indexer", run, _from(start), Source(text=tuple(text or ())), asked)
@@ -110,7 +110,7 @@ def sft(
     asked = _Asked(
         tokens, optimizer, lr, schedule, batch_tokens, accumulate, longest, bf16, mtp_loss, seed, threads
     )  # fmt: skip
-    _set_threads(threads)
+    set_threads(threads)
     from freehold.train.stages import Source
 
     _train("sft", run, _from(start), Source(chats=tuple(chats or ())), asked)
@@ -153,7 +153,7 @@ def changed(name: StageName, asked: _Asked) -> Stage:
     return replace(made, **changes)
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads < 1:

@@ -37,7 +37,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
                 losses.plot(million, log[name], color=colour, alpha=0.2, linewidth=0.6)
                 losses.plot(million, smooth(log[name]), color=colour, linewidth=1.4, label=label)
         rates.plot(million, log["lr_factor"], color="C0", label=None if before else "learning rate (share of peak)")
-        rates.plot(million, log["norm"], color="C1", alpha=0.5, linewidth=0.6, label=None if before else "gradients' norm")
+        rates.plot(
+            million, log["norm"], color="C1", alpha=0.5, linewidth=0.6, label=None if before else "gradients' norm"
+        )
         if before:
             losses.axvline(before, color="grey", linewidth=0.6)
         losses.annotate(run.name, (before, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)

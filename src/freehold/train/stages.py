@@ -1,6 +1,6 @@
 """Runs stages: from a model and a corpus to a run's directory with a trained checkpoint in the published layout.
 
-A run's directory has, beside what `loop` keeps there, `model/`: the checkpoint, once the run has ended, and plot.png.
+A run's directory has, beside what `loop` keeps there, `model/`: the checkpoint, once the run has ended.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Source:
 
         Raises InvalidRequest, beginning with FILE:LINE, for a line that is no chat, and for a file that is not text.
         """
-        template, longest = ChatTemplate.builtin(), stage.lengths[-1]
+        template = ChatTemplate.builtin()
         if not self.text and not self.chats:
             settings = stage.corpus()
             held_out = replace(settings, split="test", tokens=_HELD_OUT_TOKENS * 2)
@@ -103,7 +103,7 @@ class Source:
         texts = [Example("text", text=_read_text(path)) for path in self.text]
         chats = [example for path in self.chats for example in read_chats(path, template)]
         kept, held = split_held_out(chats, _HELD_OUT_SHARE) if len(chats) > 1 else (chats, [])
-        made = corpus_of([*texts, *kept], tokenizer, template, longest=None, progress=progress)
+        made = corpus_of([*texts, *kept], tokenizer, template, progress=progress)
         return made, corpus_of(held, tokenizer, template) if held else None
 
 
@@ -132,7 +132,7 @@ def run_stage(
     held_out: Corpus | None = None,
     report: Report | None = None,
 ) -> Finished:
-    """Train `start.model` in place, publish it to `directory`/model, draw the log. Goes on where the directory was left.
+    """Train `start.model` in place and publish it to `directory`/model. Goes on where the directory was left.
 
     held_out: a corpus whose loss, on about 30,000 tokens of it, is logged now and then. Raises as `Loop.run` does.
     """
