@@ -1,0 +1,1 @@
+"""Training: data, tokenizer, corpus, objective, trainer, fine-tuning, publishing."""

@@ -1,0 +1,1 @@
+"""Generated training and evaluation data: pure functions of (kind, split, seed, index). Torch-free."""
