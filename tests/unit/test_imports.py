@@ -51,6 +51,7 @@ TORCH = {
     "freehold.model.quantize",
     "freehold.model.quantize_tensors",
     "freehold.model.weights",
+    "freehold.train.optim",
 }
 
 
