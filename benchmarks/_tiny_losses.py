@@ -63,7 +63,7 @@ def digest(documents: Sequence[Encoded]) -> str:
 
 def model_losses(llm: LLM, documents: Sequence[Encoded], topk: int) -> Losses:
     """Of the checkpoint. topk: where the part SPARSE begins, the same for all models that are compared."""
-    params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
 
     def one(document: Encoded) -> np.ndarray:
         scored = llm.generate(document.ids, params)[0].prompt_scored

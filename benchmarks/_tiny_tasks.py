@@ -4,7 +4,7 @@ judged by the checkers of `freehold.train.data.checks`."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.progress import Progress
 from freehold import LLM
 from freehold.serve.answers import ChatResult
 from freehold.stats import Interval, wilson
-from freehold.train.data import generate
+from freehold.train.data.mixture import generate
 from freehold.train.data.checks import Verdict, judge
 from freehold.train.data.example import Example
 
@@ -82,7 +82,7 @@ def answer(
     def one(example: Example) -> ChatResult:
         fields: dict[str, Any] = {"tools": list(example.tools)} if example.tools else {}
         return llm.chat(
-            example.prompt,
+            [_sent(message) for message in example.prompt],
             temperature=0.0,
             max_tokens=max_tokens,
             effort=effort or example.effort,
@@ -90,6 +90,17 @@ def answer(
         )[0]
 
     return together(one, examples)
+
+
+def _sent(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message as the API takes it: the arguments of calls are JSON text there, and objects in examples."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def together(one: Callable[[T], R], jobs: Iterable[T], label: str = "answering") -> list[R]:
