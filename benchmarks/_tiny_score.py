@@ -44,7 +44,7 @@ def main() -> int:
     return 0
 
 
-def _tasks(args: argparse.Namespace, llm):  # noqa: ANN202 - a generator of (name, examples)
+def _tasks(args: argparse.Namespace, llm):
     from _tiny_retrieval import retrieval_of_length
 
     for kind in args.kinds.split(","):

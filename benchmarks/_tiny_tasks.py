@@ -16,9 +16,9 @@ from rich.progress import Progress
 from freehold import LLM
 from freehold.serve.answers import ChatResult
 from freehold.stats import Interval, wilson
-from freehold.train.data.mixture import generate
 from freehold.train.data.checks import Verdict, judge
 from freehold.train.data.example import Example
+from freehold.train.data.mixture import generate
 
 T = TypeVar("T")
 R = TypeVar("R")
