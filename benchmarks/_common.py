@@ -49,6 +49,11 @@ class Report:
         self.bars.append(Bar(name, value, op, limit))
         print(f"  {'pass' if self.bars[-1].passed else 'FAIL'}  {name}: {value:.6g} {op} {limit:g}")
 
+    def missing(self, what: str) -> None:
+        """Something that a bar needs is not there: as good as a bar that was not met."""
+        self.bars.append(Bar(what, 0.0, ">=", 1.0))
+        print(f"  FAIL  {what}")
+
     def finish(self, *, write: bool | None = None) -> int:
         """Full runs are kept as `results/NAME-DATE.json`; quick ones only print."""
         line = {

@@ -1,4 +1,4 @@
-"""Retrieval prompts of a given length: one question about one fact, anywhere among as many others as fill the length."""
+"""Retrieval prompts of a given length: a question about one fact, anywhere among as many others as fill it."""
 
 from __future__ import annotations
 
