@@ -18,6 +18,8 @@ from freehold.train.data.example import Encoded, encode
 from freehold.train.data.mixture import MIXTURE, drawn
 from freehold.types import SamplingParams
 
+LONGEST = 1280  # tokens of a document
+DOCUMENTS = 600  # held out; as many for every model that is compared
 SPARSE = "beyond index_topk"
 PARTS = ("all tokens", "what the assistant writes", SPARSE)
 """Every token but the first; those that training calls the assistant's; those whose context the indexer must choose."""
@@ -48,9 +50,14 @@ class Losses:
 
 
 def held_out_documents(tokenizer: Tokenizer, count: int, seed: int = SEED) -> list[Encoded]:
-    """The first test examples of the training mixture, as tokens."""
-    template = ChatTemplate.builtin()
-    return [encode(drawn(MIXTURE, "test", seed, index), tokenizer, template) for index in range(count)]
+    """The first test examples of the training mixture, as tokens; longer ones than training has are left out."""
+    template, found, index = ChatTemplate.builtin(), list[Encoded](), 0
+    while len(found) < count:
+        document = encode(drawn(MIXTURE, "test", seed, index), tokenizer, template)
+        index += 1
+        if len(document.ids) <= LONGEST:
+            found.append(document)
+    return found
 
 
 def digest(documents: Sequence[Encoded]) -> str:

@@ -37,7 +37,7 @@ from _bigram import Bigram
 from _common import ROOT, Report, arguments
 from _tiny_arms import arm_config
 from _tiny_kept import Retrained, kept
-from _tiny_losses import PARTS, Losses, bigram_losses, digest, held_out_documents, model_losses
+from _tiny_losses import DOCUMENTS, PARTS, Losses, bigram_losses, digest, held_out_documents, model_losses
 from _tiny_retrieval import retrieval_of_length
 from _tiny_speed import compare
 from _tiny_tasks import SEED, Answered, checked, open_model, rate, shown, solve
@@ -68,7 +68,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(600, 16_000_000, 400, 300, 200, 200, 48, 7)
+FULL = Sizes(DOCUMENTS, 16_000_000, 400, 300, 200, 200, 48, 7)
 QUICK = Sizes(40, 200_000, 12, 8, 8, 6, 2, 1)
 
 
