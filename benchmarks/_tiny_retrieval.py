@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from random import Random
-
 from _tiny_tasks import SEED
 
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import Tokenizer
-from freehold.train.data import retrieval
 from freehold.train.data.example import Example
-from freehold.train.data.words import Words
+from freehold.train.data.retrieval import at_length
 
-_MOST_FACTS = 4096
+_FACT = (4, 8, 16, 32)  # tokens that one more fact may take
 
 
 def retrieval_of_length(tokenizer: Tokenizer, length: int, count: int, seed: int = SEED) -> list[Example]:
-    """`count` examples whose prompts, rendered, have at least `length` tokens, and as few more as one fact has."""
+    """`count` examples whose prompts, rendered, have `length` tokens or a few more: at most those of one fact."""
     template = ChatTemplate.builtin()
-    return [_fitted(tokenizer, template, length, f"length/{length}/{seed}/{index}") for index in range(count)]
+
+    def measure(example: Example) -> int:
+        return prompt_tokens(example, tokenizer, template)
+
+    def fitted(index: int) -> Example:
+        for more in _FACT:
+            example = at_length("test", seed, index, length + more, measure)
+            if measure(example) >= length:
+                return example
+        raise ValueError(f"no retrieval prompt has {length} to {length + _FACT[-1]} tokens")
+
+    return [fitted(index) for index in range(count)]
 
 
 def prompt_tokens(example: Example, tokenizer: Tokenizer, template: ChatTemplate) -> int:
     return len(template.render(example.prompt, example.tools, effort=example.effort).encode(tokenizer))
-
-
-def _fitted(tokenizer: Tokenizer, template: ChatTemplate, length: int, seed: str) -> Example:
-    """The fewest facts that are enough, by bisection: the same seed draws the same form whatever the number."""
-
-    def made(facts: int) -> Example:
-        return retrieval.chat(Random(seed), Words("test"), facts, questions=1, missing=0.0)
-
-    low, high = 1, 2
-    while prompt_tokens(made(high), tokenizer, template) < length:
-        low, high = high, 2 * high
-        if high > _MOST_FACTS:
-            raise ValueError(f"no retrieval prompt reaches {length} tokens")
-    while high - low > 1:
-        middle = (low + high) // 2
-        if prompt_tokens(made(middle), tokenizer, template) < length:
-            low = middle
-        else:
-            high = middle
-    return made(high)

@@ -183,8 +183,8 @@ def thinking(run: Run) -> None:
     print(f"  tokens off < High < Max: {shown(order)} of {len(rows)} prompts")
     for effort in EFFORTS:
         tokens = [row.tokens[effort] for row in rows]
-        right = sum(row.right[effort] for row in rows)
-        print(f"    {effort:6} {np.mean(tokens):7.1f} tokens on average, {right / len(rows):.1%} right")
+        right = [row.right[effort] for row in rows if row.right[effort] is not None]
+        print(f"    {effort:6} {np.mean(tokens):7.1f} tokens on average, {sum(right) / max(1, len(right)):.1%} right")
     run.report.samples["thinking"] = {"in order": order.as_list(), "rows": [row.as_dict() for row in rows]}
     run.report.bar("thinking: tokens off < High < Max", order.value, ">=", 0.95)
 
