@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure and the limit it must meet, with op one of >=, <=, ==, <."""
+    """A figure and the limit it must meet, with op one of >=, <=, ==, <, >."""
 
     name: str
     value: float
@@ -32,6 +32,7 @@ class Bar:
             ">=": self.value >= self.limit,
             "<=": self.value <= self.limit,
             "<": self.value < self.limit,
+            ">": self.value > self.limit,
             "==": self.value == self.limit,
         }[self.op]
 

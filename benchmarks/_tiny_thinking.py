@@ -26,14 +26,7 @@ class Row:
     right: dict[str, bool | None]
 
     @property
-    def _right(example: Example, result: ChatResult) -> bool | None:
-    """None where there is nothing to check."""
-    if example.check is None:
-        return None
-    return judge(example, result.content, calls_of(result), result.reasoning).right
-
-
-def in_order(self) -> bool:
+    def in_order(self) -> bool:
         return self.tokens["none"] < self.tokens["high"] < self.tokens["max"]
 
     def as_dict(self) -> dict[str, Any]:

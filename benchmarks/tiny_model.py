@@ -32,6 +32,7 @@ from typing import Any
 
 import _tiny_ablations as ablations
 import _tiny_drafts as drafts
+import _tiny_lora as lora
 import numpy as np
 from _bigram import Bigram
 from _common import ROOT, Report, arguments
@@ -41,6 +42,7 @@ from _tiny_losses import DOCUMENTS, PARTS, Losses, bigram_losses, digest, held_o
 from _tiny_retrieval import retrieval_of_length
 from _tiny_speed import compare
 from _tiny_tasks import SEED, Answered, checked, open_model, rate, shown, solve
+from _tiny_tasks import held_out as held_out_examples
 from _tiny_thinking import EFFORTS, efforts_of, in_order
 
 from freehold.model.chat.template import ChatTemplate
@@ -65,11 +67,12 @@ class Sizes:
     thinking: int
     ablation: int
     drafts: int
+    lora: int
     rounds: int
 
 
-FULL = Sizes(DOCUMENTS, 16_000_000, 400, 300, 200, 200, 48, 7)
-QUICK = Sizes(40, 200_000, 12, 8, 8, 6, 2, 1)
+FULL = Sizes(DOCUMENTS, 16_000_000, 400, 300, 200, 200, 48, 300, 7)
+QUICK = Sizes(40, 200_000, 12, 8, 8, 6, 2, 8, 1)
 
 
 @dataclass
@@ -243,7 +246,7 @@ def drafting(run: Run) -> None:
         examples = [
             example
             for kind in kinds
-            for example in checked_or_any(kind, max(1, run.sizes.drafts // len(kinds)))
+            for example in held_out_examples(kind, max(1, run.sizes.drafts // len(kinds)))
             if example.messages
         ]
         prompts = drafts.prompts_of(llm.tokenizer, examples)
@@ -256,10 +259,17 @@ def drafting(run: Run) -> None:
     run.report.bar("drafts: tokens a step with 3 drafts", best[3], ">=", 1.0)
 
 
-def checked_or_any(kind: str, count: int) -> list[Any]:
-    from freehold.train.data.mixture import generate
-
-    return [generate(kind, "test", SEED, index) for index in range(count)]
+def adapter(run: Run) -> None:
+    found = lora.measure(run.checkpoint, run.scratch / "lora", run.sizes.lora, run.threads)
+    run.report.samples["lora"] = found.as_dict()
+    print(
+        f"  new task: {np.mean(found.task_before):.1%} right before, {np.mean(found.task_after):.1%} after; "
+        f"general set: {np.mean(found.general_before):.1%} before, {np.mean(found.general_after):.1%} after"
+    )
+    run.report.bar("lora: minutes", found.seconds / 60, "<", 10)
+    run.report.bar("lora: points gained on the new task", found.gained.value, ">=", 20)
+    run.report.bar("lora: points gained on the new task, lower bound", found.gained.low, ">", 0)
+    run.report.bar("lora: points lost on the general set", found.lost.value, "<=", 2)
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
@@ -269,6 +279,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "thinking": thinking,
     "ablations": ablated,
     "drafts": drafting,
+    "lora": adapter,
 }
 
 
