@@ -1,4 +1,4 @@
-"""An adapter for a task that the model has not seen: what it gains there, what it loses elsewhere, how long it takes."""
+"""An adapter for a task that the model has not seen: what it gains there, loses elsewhere, and how long it takes."""
 
 from __future__ import annotations
 
