@@ -15,7 +15,8 @@
     ├── CheckpointError               500  4   weights: missing shard, truncated file, wrong shape, unused tensor
     │   └── DiskFull                  500  4
     ├── MissingExtra                  501  6   a dependency is not installed; the message has the line that does it
-    └── EngineError                   500  7   the engine failed inside a step
+    ├── EngineError                   500  7   the engine failed inside a step
+    └── TrainingFailed                500  8   the loss or a gradient is no longer finite
 
 A message names the cause and the cure, in one line, without a traceback for the user.
 """
@@ -102,3 +103,7 @@ INTERNAL_ERROR = "the engine failed on an internal error; see the server's log"
 
 class EngineError(FreeholdError):
     exit_code, code = 7, "engine_error"
+
+
+class TrainingFailed(FreeholdError):
+    exit_code, code = 8, "training_failed"

@@ -25,6 +25,8 @@ TORCH = {
     "freehold.engine.runner",
     "freehold.engine.sampler",
     "freehold.engine.speculate",
+    "freehold.model.adapted",
+    "freehold.model.adapters",
     "freehold.model.cache",
     "freehold.model.glm",
     "freehold.model.group_quant",
@@ -51,7 +53,11 @@ TORCH = {
     "freehold.model.quantize",
     "freehold.model.quantize_tensors",
     "freehold.model.weights",
+    "freehold.train.loop",
     "freehold.train.optim",
+    "freehold.train.lora",
+    "freehold.train.publish",
+    "freehold.train.saved",
 }
 
 

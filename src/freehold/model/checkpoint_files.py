@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,8 @@ MANIFEST_NAME = "SHA256SUMS"
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _READ_BYTES = 1 << 20
+_MAX_COPIED_BYTES = 256 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -73,6 +75,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, indented for reading."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def copy_small_files(source: Path, target: Path, leave: Collection[str]) -> None:
+    """Copy tokenizer, template, generation defaults, licence: what lies beside the weights and is not large.
+
+    leave: names of files not to copy.
+    """
+    for file in sorted(source.iterdir()):
+        if file.name in leave or file.name.startswith(".") or file.suffix in _WEIGHT_SUFFIXES:
+            continue
+        if not file.is_file() or file.stat().st_size > _MAX_COPIED_BYTES:
+            continue
+        with atomic_write(target / file.name) as copy:
+            copy.write(file.read_bytes())
 
 
 def write_manifest(directory: Path, digests: Mapping[str, str]) -> None:

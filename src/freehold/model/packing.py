@@ -46,7 +46,7 @@ def pack_model(model: Glm, form_of: FormOf, *, paged: bool = False) -> None:
 
     paged: those of routed experts by stacks that `paged.page_experts` then gives memory.
     """
-    for name, module in _named_modules(model):
+    for name, module in published_modules(model):
         if isinstance(module, LatentAttention):
             _pack_heads(module, form_of(f"{name}.kv_b_proj.weight"))
         elif isinstance(module, Linear) and not name.endswith(".kv_b_proj"):
@@ -62,7 +62,7 @@ def pack_model(model: Glm, form_of: FormOf, *, paged: bool = False) -> None:
             _pack_experts(module, gate_up, down, PagedStack if paged else PackedWeight)
 
 
-def _named_modules(model: Glm) -> Iterator[tuple[str, nn.Module]]:
+def published_modules(model: Glm) -> Iterator[tuple[str, nn.Module]]:
     """Modules under their published names."""
     for name, module in list(model.named_modules()):
         if name.startswith("layers."):

@@ -24,7 +24,14 @@ import torch
 
 from freehold.errors import CheckpointError, DiskFull, InvalidRequest
 from freehold.headers import INDEX_NAME, CheckpointIndex, encode_header
-from freehold.model.checkpoint_files import MANIFEST_NAME, Progress, atomic_write, write_json, write_manifest
+from freehold.model.checkpoint_files import (
+    MANIFEST_NAME,
+    Progress,
+    atomic_write,
+    copy_small_files,
+    write_json,
+    write_manifest,
+)
 from freehold.model.config import GlmConfig
 from freehold.model.inspect import inspect
 from freehold.model.quantize_report import (
@@ -47,9 +54,8 @@ MAX_SHARD_BYTES = 2 << 30
 _STATE = "quantize.json"  # in OUT.partial: what is being made, and of what
 _CHECKPOINT = "checkpoint"  # in OUT.partial: what becomes OUT
 _FORMAT = 1  # of the state, and of how weights are quantised; a change starts afresh
-_MAX_COPIED_BYTES = 256 << 20
-_NOT_COPIED = {"config.json", INDEX_NAME, MANIFEST_NAME, MARKER_NAME, REPORT_NAME}
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".tmp")
+NOT_OF_A_COPY = frozenset(("config.json", INDEX_NAME, MANIFEST_NAME, MARKER_NAME, REPORT_NAME))
+"""Files beside the weights that tell of those very weights: a checkpoint of other weights has its own, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ def quantize_checkpoint(
         digests, errors, kept = _write_shards(job, workers, progress)
         write_index(job.target, job.shards)
         write_manifest(job.target, digests)
-        _copy_small_files(job.index.directory, job.target)
+        copy_small_files(job.index.directory, job.target, NOT_OF_A_COPY)
         write_json(job.target / "config.json", job.raw)
         written = inspect(job.target)
         if written.problems:
@@ -263,17 +269,6 @@ def _finished(job: _Job, name: str) -> tuple[str, list[TensorError]] | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return (digest, errors) if record["sha256"] == digest else None
-
-
-def _copy_small_files(source: Path, target: Path) -> None:
-    """Tokenizer, template, generation defaults, licence: what lies beside the weights and is neither large nor ours."""
-    for file in sorted(source.iterdir()):
-        if file.name in _NOT_COPIED or file.name.startswith(".") or file.suffix in _WEIGHT_SUFFIXES:
-            continue
-        if not file.is_file() or file.stat().st_size > _MAX_COPIED_BYTES:
-            continue
-        with atomic_write(target / file.name) as copy:
-            copy.write(file.read_bytes())
 
 
 def _finish(job: _Job) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from freehold.errors import CheckpointError
-from freehold.headers import CheckpointIndex, TensorEntry
+from freehold.headers import CheckpointIndex, TensorEntry, read_shard
 from freehold.model.checkpoint_files import Progress, verify_manifest
 from freehold.model.config import GlmConfig
 from freehold.model.group_quant import GroupQuantized, dequantize_groups_into, unpack_codes
@@ -107,6 +107,19 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
         target = torch.empty(source.shape, dtype=dtype or stored)
         _put(source, target, name)
     return target
+
+
+def read_file(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, copy of the tensor) of everything in one safetensors file, in the file's dtypes.
+
+    Raises CheckpointError for a damaged file, and for a dtype that weights are not stored in.
+    """
+    shard = read_shard(path)
+    with _mapped(shard.path) as data:
+        for entry in shard.tensors:
+            if entry.dtype not in _TORCH_DTYPES:
+                raise CheckpointError(f"{path}: tensor {entry.name!r} is {entry.dtype}, which is not read here")
+            yield entry.name, _view(entry, data).clone()
 
 
 @contextmanager
