@@ -15,6 +15,8 @@ To add a command:
     other exceptions go: `cli/errors.py` turns them into one line and an exit code. A missing torch, safetensors or
     llguidance needs no code either: its `ModuleNotFoundError` becomes the line that installs the extra.
 2.  Add a line to `COMMANDS`. Its summary is the first line of the function's docstring (a test compares them).
+    A group of commands, as `train`, is such a function, which does nothing, in a module with a table `SUBCOMMANDS`:
+    name → (module, summary), each with a function of that name.
 3.  `make docs`: writes the new options to `tests/golden/cli.txt` and `docs/reference/cli.md`, for review.
 
 Only the command that was asked for is imported: the others stand in the help by their summaries. That keeps
@@ -40,6 +42,7 @@ COMMANDS: Mapping[str, str] = {
     "inspect": "Show what a checkpoint holds, from its headers only.",
     "quantize": "Write an int8, int4 or FP8 copy of a checkpoint, and measure it.",
     "debug": "Name the first layer whose output differs from transformers'.",
+    "train": "Train a small model from nothing, or fine-tune one on your own chats.",
     "bench": "Measure where time goes, or what 8-bit caches cost in quality.",
 }
 
@@ -63,34 +66,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_app(load: Iterable[str]) -> typer.Typer:
-    """The typer application: commands in `load` with their options, the others by their summaries only.
+    """The typer application: commands in `load` ("tiny", or "train tiny" in a group) with their options, the others by
+    their summaries only.
 
     Raises ImportError if a command in `load` needs a package that is not installed.
     """
-    app = typer.Typer(
-        name="freehold",
+    app = _typer("freehold")
+    app.callback(invoke_without_command=True)(_root)
+    wanted = set(load)
+    for name, summary in COMMANDS.items():
+        inside = [words for words in wanted if words.split()[0] == name]
+        if inside and (table := subcommands(name)):
+            app.add_typer(_group(name, table, wanted), name=name, short_help=summary)
+        else:
+            app.command(name, short_help=summary)(load_command(name) if inside else _unloaded)
+    return app
+
+
+def load_command(words: str) -> Callable[..., Any]:
+    """Import a command's function: `cli/NAME.py` has one of the same name; of a group, the module its table names."""
+    name, _, within = words.partition(" ")
+    module = subcommands(name)[within][0] if within else f"freehold.cli.{_attribute(name)}"
+    function: Callable[..., Any] = getattr(importlib.import_module(module), _attribute(within or name))
+    return function
+
+
+def subcommands(name: str) -> Mapping[str, tuple[str, str]]:
+    """The table of a group; empty for a command that is none."""
+    table: Mapping[str, tuple[str, str]] = getattr(
+        importlib.import_module(f"freehold.cli.{_attribute(name)}"), "SUBCOMMANDS", {}
+    )
+    return table
+
+
+def every_command() -> list[str]:
+    """The words of all commands, each group followed by its own."""
+    return [words for name in COMMANDS for words in (name, *(f"{name} {within}" for within in subcommands(name)))]
+
+
+def _typer(name: str) -> typer.Typer:
+    return typer.Typer(
+        name=name,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback(invoke_without_command=True)(_root)
-    wanted = set(load)
-    for name, summary in COMMANDS.items():
-        function = load_command(name) if name in wanted else _unloaded
-        app.command(name, short_help=summary)(function)
-    return app
 
 
-def load_command(name: str) -> Callable[..., Any]:
-    """Import a command's function: `cli/NAME.py` has one of the same name."""
-    attribute = name.replace("-", "_")
-    function: Callable[..., Any] = getattr(importlib.import_module(f"freehold.cli.{attribute}"), attribute)
-    return function
+def _group(name: str, table: Mapping[str, tuple[str, str]], wanted: set[str]) -> typer.Typer:
+    group = _typer(name)
+    group.callback(no_args_is_help=True)(load_command(name))
+    for within, (_, summary) in table.items():
+        words = f"{name} {within}"
+        group.command(within, short_help=summary)(load_command(words) if words in wanted else _unloaded)
+    return group
+
+
+def _attribute(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _dispatch(args: list[str]) -> None:
-    asked = [args[len(_global_options(args))]] if len(_global_options(args)) < len(args) else []
+    words = args[len(_global_options(args)) :]
+    asked = words[:1]
+    if asked and asked[0] in COMMANDS and words[1:] and words[1] in subcommands(asked[0]):
+        asked = [" ".join(words[:2])]
     build_app(load=asked)(args, prog_name="freehold")
 
 

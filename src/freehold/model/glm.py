@@ -65,7 +65,7 @@ class Glm(nn.Module):
         hidden_TH = F.embedding(inputs.token_ids_T, self.embed_tokens)
         if self.run_few is not None and (few_TH := self.run_few(hidden_TH, inputs, rope, cache)) is not None:
             return self.ops.rms_norm(few_TH, self.norm.weight, self.config.rms_norm_eps)
-        plan = Plan.of(inputs, self.config.index_topk)
+        plan = Plan.of(inputs, self.config.index_topk, expand=self.ops.expands)
         slots_RK: Tensor | None = None
         for i, layer in enumerate(self.layers):
             hidden_TH, slots_RK = layer(

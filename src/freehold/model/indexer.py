@@ -31,9 +31,12 @@ class Indexer(nn.Module):
         self.k_norm = Norm(self.head_dim, bias=True, dtype=dtype, device=device)
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, device=device)
 
+    # Its inputs are detached in both: an indexer learns from its own loss (KL to the attention it serves), never from the
+    # model's, and moves nothing else. Choosing has no gradient, so nothing is lost.
+
     def write_keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor, keys_SD: IndexKeys, slots_T: Tensor) -> None:
         """Caches the index keys of every token, whether or not this step needs a selection."""
-        key_TD = ops.linear(x_TH, self.wk.weight)
+        key_TD = ops.linear(x_TH.detach(), self.wk.weight)
         norm = self.k_norm
         assert norm.bias is not None
         ops.write_cache(key_TD, norm.weight, norm.bias, KEY_NORM_EPS, cos, sin, self.interleaved, 0, keys_SD, slots_T)
@@ -53,6 +56,7 @@ class Indexer(nn.Module):
 
         The head weights are fp32 before any scaling: rounding them flips near ties.
         """
+        x_TH, latent_TC = x_TH.detach(), latent_TC.detach()
         query = ops.linear(latent_TC, self.wq_b.weight).view(-1, self.heads, self.head_dim)
         query_TJD = ops.rope(query, cos, sin, self.interleaved)
         scale = self.heads**-0.5 * self.head_dim**-0.5

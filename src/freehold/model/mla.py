@@ -38,8 +38,13 @@ class Plan:
     rows_R: Tensor | None
 
     @classmethod
-    def of(cls, inputs: ForwardInput, topk: int) -> Plan:
-        """Spans are cut where their context passes topk; single rows are never worth expanding."""
+    def of(cls, inputs: ForwardInput, topk: int, *, expand: bool = True) -> Plan:
+        """Spans are cut where their context passes topk; single rows are never worth expanding.
+
+        expand: whether to use the expanded form at all.
+        """
+        if not expand:
+            return cls((), inputs.spans, None)
         dense: list[Span] = []
         sparse: list[Span] = []
         for span in inputs.spans:

@@ -111,7 +111,7 @@ class MtpLayer(DecoderLayer):
         latent_SL: Latents,
         keys_SD: IndexKeys,
     ) -> Extended:
-        plan = Plan.of(inputs, self.topk)
+        plan = Plan.of(inputs, self.topk, expand=ops.expands)
         z_TH, slots_RK = self(ops, z_TH, inputs, plan, rope, latent_SL, keys_SD, None)
         return Extended(self.leave(ops, z_TH), last_selection(inputs, plan.sparse, slots_RK, self.topk))
 

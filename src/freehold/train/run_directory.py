@@ -16,9 +16,12 @@ RUN_NAME = "run.json"
 _LOCK_NAME = ".lock"
 
 
-def begin(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Write run.json, or check that it has these settings. Raises InvalidRequest naming the first that differs."""
-    path = directory / RUN_NAME
+def begin(directory: Path, settings: Mapping[str, Any], name: str = RUN_NAME) -> None:
+    """Write a file with these settings, or check that the one there has them.
+
+    Raises InvalidRequest naming the first that differs.
+    """
+    path = directory / name
     wanted = json.loads(json.dumps(settings))
     if not path.exists():
         write_json(path, wanted)

@@ -30,6 +30,8 @@ class Ops(Protocol):
     """Operations on tensors. None of them keeps state; inputs are never modified unless said."""
 
     name: str
+    expands: bool
+    """Whether rows whose whole context is within topk go to `dense_attention`, rather than all to the selected form."""
 
     def linear(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
         """x Wᵀ (+ b), in x's dtype: [T, O]."""

@@ -6,6 +6,8 @@ from. Shape suffixes as in `interface.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,7 @@ class ReferenceOps:
     """Implements `interface.Ops`."""
 
     name = "reference"
+    expands = True
 
     def linear(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
         return F.linear(x_TI, plain(weight_OI, x_TI.dtype), bias_O)
@@ -113,12 +116,13 @@ class ReferenceOps:
         tokens, chosen = ids_TX.shape
         order = torch.argsort(ids_TX.flatten(), stable=True)
         counts = torch.bincount(ids_TX.flatten(), minlength=down_EHI.shape[0]).tolist()
-        rows = x_TH[order // chosen]
+        rows = x_TH.index_select(0, order // chosen)
+        gate_up, down = matrices(gate_up_EIH, x_TH.dtype), matrices(down_EHI, x_TH.dtype)
         parts = []
         for expert, part in enumerate(torch.split(rows, counts)):
             if part.shape[0]:
-                gate, up = F.linear(part, one_of(gate_up_EIH, expert, part.dtype)).chunk(2, dim=-1)
-                parts.append(F.linear(F.silu(gate) * up, one_of(down_EHI, expert, part.dtype)))
+                gate, up = F.linear(part, gate_up(expert)).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, down(expert)))
         out = torch.empty(tokens * chosen, x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
         out = out.index_copy(0, order, torch.cat(parts)) if parts else out
         weighted = out.view(tokens, chosen, -1).float() * weights_TX[..., None]
@@ -239,9 +243,11 @@ def plain(weight: Weight | HeadWeights, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
 
 
-def one_of(weight: Weight, index: int, dtype: torch.dtype) -> Tensor:
-    """One matrix of a stack."""
-    return weight[index] if isinstance(weight, Tensor) else weight.dequantize(index, dtype)
+def matrices(weight: Weight, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """The matrices of a stack by their place. Those of a tensor share one node of the gradient's graph."""
+    if isinstance(weight, Tensor):
+        return weight.unbind().__getitem__
+    return lambda index: weight.dequantize(index, dtype)
 
 
 def stable_topk(scores: Tensor, k: int) -> Tensor:

@@ -5,26 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
 
-from freehold.train.data import retrieval, stories, tools
-from freehold.train.data.example import Example
+from freehold.train.data import arithmetic, chats, formats, reading, retrieval, stories, tools
+from freehold.train.data.example import Effort, Example
 from freehold.train.data.words import Split, Words
 
-Maker = Callable[[Random, Words], Example]
+Maker = Callable[[Random, Words, Effort], Example]
 KINDS: Mapping[str, Maker] = {
+    "text": stories.plain,
     "story": stories.make,
+    "description": reading.description,
+    "reading": reading.make,
     "retrieval": retrieval.make,
+    "records": retrieval.records,
+    "arithmetic": arithmetic.make,
+    "format": formats.make,
     "tool": tools.make,
+    "chat": chats.talk,
+    "memory": chats.memory,
+    "persona": chats.persona,
+    "refusal": chats.refusal,
 }
 # Shares of examples (not of tokens).
-MIXTURE: Mapping[str, float] = {"story": 0.3, "retrieval": 0.4, "tool": 0.3}
+MIXTURE: Mapping[str, float] = {
+    "text": 0.05,
+    "story": 0.05,
+    "description": 0.03,
+    "reading": 0.06,
+    "retrieval": 0.22,
+    "records": 0.04,
+    "arithmetic": 0.14,
+    "format": 0.16,
+    "tool": 0.16,
+    "chat": 0.04,
+    "memory": 0.03,
+    "persona": 0.01,
+    "refusal": 0.02,
+}
+EFFORT_SHARES: Mapping[Effort, float] = {"none": 0.6, "high": 0.2, "max": 0.2}
 
 
-def generate(kind: str, split: Split, seed: int, index: int, *, words: Words | None = None) -> Example:
+def generate(
+    kind: str, split: Split, seed: int, index: int, *, effort: Effort | None = None, words: Words | None = None
+) -> Example:
     """Example number index of a kind: always the same one for the same arguments. Raises KeyError for no such kind.
 
-    words: what made-up words are drawn from, if not the split's.
+    effort: how much it thinks, if not drawn; the question and the answer do not depend on it, but with thinking the
+    turns before the last may be left out. words: what made-up words are drawn from, if not the split's.
     """
-    return KINDS[kind](Random(f"{kind}/{split}/{seed}/{index}"), words or Words(split))
+    name = f"{kind}/{split}/{seed}/{index}"
+    if effort is None:
+        (effort,) = Random(f"effort/{name}").choices(list(EFFORT_SHARES), list(EFFORT_SHARES.values()))
+    return KINDS[kind](Random(name), words or Words(split), effort)
 
 
 def drawn(mixture: Mapping[str, float], split: Split, seed: int, index: int) -> Example:

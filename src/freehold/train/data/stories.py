@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from freehold.train.data.example import Example, assistant, user
+from freehold.train.data.example import Effort, Example, assistant, user
+from freehold.train.data.thinking import thinking
 from freehold.train.data.words import ANIMALS, COLOURS, FOODS, OBJECTS, PEOPLE, PLACES, TRAITS, WEATHER, Words
 
 Pronoun = Literal["he", "she", "it"]
@@ -245,19 +246,27 @@ def _ending(rng: Random, p: Plot) -> str:
     )
 
 
-def make(rng: Random, words: Words) -> Example:
-    """A story as plain text (several in a row), or asked for in a chat that names who and what it is to be about."""
-    if rng.random() < 0.6:
-        return Example("story", text="\n\n".join(tell(rng, plot(rng, words)) for _ in range(rng.randint(1, 4))))
+def make(rng: Random, words: Words, effort: Effort) -> Example:
+    """A story asked for in a chat that names who and what it is to be about."""
     p = plot(rng, words)
     about = f"{article(p.hero.trait)} {p.hero.kind} named {p.hero.name}"
-    request = rng.choice(
+    request, values = rng.choice(
         (
-            f"Tell me a story about {about}.",
-            f"Write a short story about {about}.",
-            f"Please tell me a story about {about} and {article(p.colour)} {p.thing}.",
-            f"Write a story about {about} who lives in the {p.home}.",
+            (f"Tell me a story about {about}.", [p.hero.name]),
+            (f"Write a short story about {about}.", [p.hero.name]),
+            (f"Please tell me a story about {about} and {article(p.colour)} {p.thing}.", [p.hero.name, p.thing]),
+            (f"Write a story about {about} who lives in the {p.home}.", [p.hero.name, p.home]),
+            (f"Tell me a story about {article(p.hero.kind)}.", [p.hero.kind]),
+            ("Tell me a story.", []),
         )
     )
-    check = {"type": "contains", "values": [p.hero.name]}
-    return Example("story", (user(request), assistant(tell(rng, p))), check=check)
+    plan = f"Hero: {p.hero.name}, {p.hero.kind}. Friend: {p.friend.name}, {p.friend.kind}."
+    more = f"The {p.hero.kind} has {article(p.colour)} {p.thing}. Places: {p.home}, {p.away}. Food: {p.food}."
+    thoughts = thinking(effort, request, plan, more)
+    check = {"type": "contains", "values": values}
+    return Example("story", (user(request), assistant(tell(rng, p), thinking=thoughts)), effort=effort, check=check)
+
+
+def plain(rng: Random, words: Words, effort: Effort) -> Example:
+    """Stories as plain text, several in a row."""
+    return Example("text", text="\n\n".join(tell(rng, plot(rng, words)) for _ in range(rng.randint(1, 4))))

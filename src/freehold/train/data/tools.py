@@ -7,12 +7,14 @@ its value is drawn. The request says every value; the call copies them; a result
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+from freehold.train.data.chats import greeting, knowledge, parting
 from freehold.train.data.example import Effort, Example, assistant, tool, user
+from freehold.train.data.thinking import thinking
 from freehold.train.data.words import CITIES, COLOURS, DAYS, FOODS, OBJECTS, Words
 
 Value = str | int | float | bool
@@ -73,18 +75,34 @@ class Kind:
     told: str
 
 
-TOOLS = (
-    Kind(("get_weather", "weather"), ("Get the weather", "What is the weather"), ("city",), ("day", "unit"), "temperature", "The temperature is {value}."),
-    Kind(("send_message", "send_text"), ("Send a message", "Write a message"), ("to", "text"), ("urgent",), "message_id", "The message is sent. Its message_id is {value}."),
-    Kind(("book_room", "reserve_room"), ("Book a room", "Reserve a room"), ("name", "room"), ("day", "hour"), "booking", "It is booked. The booking is {value}."),
-    Kind(("order_item", "buy_item"), ("Order a box", "Buy a box"), ("item",), ("count", "size", "colour"), "order", "It is ordered. The order is {value}."),
-    Kind(("find_train", "find_bus"), ("Find a train", "Find a bus"), ("from", "to"), ("day", "hour"), "platform", "The platform is {value}."),
-    Kind(("open_door", "unlock_door"), ("Open the door", "Unlock the door"), ("room", "code"), ("loud",), "state", "The state is {value}."),
-    Kind(("set_alarm", "add_reminder"), ("Set an alarm", "Add a reminder"), ("hour",), ("day", "loud", "name"), "alarm", "It is set. The alarm is {value}."),
-    Kind(("get_price", "price_of"), ("Get the price", "Look up the price"), ("item",), ("city", "count"), "price", "The price is {value}."),
-    Kind(("find_person", "lookup_person"), ("Find the phone number", "Look up the phone number"), ("name",), ("city",), "phone", "The phone is {value}."),
-    Kind(("pay_bill", "send_money"), ("Make a payment", "Send a payment"), ("to", "price"), ("code", "day"), "payment", "It is paid. The payment is {value}."),
-)  # fmt: skip
+def _kind(line: str) -> Kind:
+    """name,name / request,request / required / extra / result: answer."""
+    names, asked, required, extra, end = (part.strip() for part in line.split("/"))
+    result, _, told = end.partition(":")
+    split = [tuple(part.split(",")) if part else () for part in (names, asked, required, extra)]
+    return Kind(split[0], split[1], split[2], split[3], result, told.strip())
+
+
+TOOLS = tuple(
+    _kind(line)
+    for line in """
+get_weather,weather,look_weather / Get the weather,What is the weather / city / day,unit / temperature: The temperature is {value}.
+send_message,send_text,write_message / Send a message,Write a message / to,text / urgent / receipt: The message is sent. The receipt is {value}.
+book_room,reserve_room / Book a room,Reserve a room / name,room / day,hour / booking: It is booked. The booking is {value}.
+order_item,buy_item / Order a box,Buy a box / item / count,size,colour / order: It is ordered. The order is {value}.
+find_train,search_trains / Find a train,Look for a train / from,to / day,hour / platform: The platform is {value}.
+find_flight,search_flights / Find a flight,Look for a flight / from,to / day / flight: The flight is {value}.
+open_door,unlock_door / Open the door,Unlock the door / room,code / loud / state: The state is {value}.
+set_alarm,add_alarm / Set an alarm,Add an alarm / hour / day,loud,name / alarm: It is set. The alarm is {value}.
+get_price,price_of / Get the price,Look up the price / item / city,count / price: The price is {value}.
+find_person,lookup_person / Find the desk,Look up the desk / name / city / desk: The desk is {value}.
+pay_bill,send_money / Make a payment,Send a payment / to,price / code,day / payment: It is paid. The payment is {value}.
+play_music,play_song / Play a song,Play some music / name / loud,count / song: The song is {value}.
+paint_wall,paint_room / Paint a wall,Paint the wall / colour,room / size / paint: It is done. The paint is {value}.
+create_ticket,open_ticket / Create a ticket,Open a ticket / text / urgent,name / ticket: The ticket is {value}.
+translate,translate_text / Translate a text,Make a translation / text / to / result: The result is {value}.
+""".strip().splitlines()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +144,86 @@ def call(rng: Random, words: Words, offered: Offered) -> tuple[str, dict[str, Va
     return f"{rng.choice(offered.kind.asked)} {said}", arguments
 
 
-def make(rng: Random, words: Words) -> Example:
-    """A request with one to three tools offered: the call, its result, and the answer that reads the result."""
-    offered = [offer(rng, kind) for kind in rng.sample(TOOLS, rng.choice((1, 2, 2, 3)))]
+def coined(rng: Random, words: Words) -> Offered:
+    """A tool that nobody has seen: its name and its parameters' names are made up; the request uses them."""
+    name = "_".join(words.several(rng, rng.randint(1, 2), names=False))
+    parts = []
+    for parameter in words.several(rng, rng.randint(1, 3), names=False):
+        like = rng.choice([PARTS[each] for each in ("name", "item", "code", "count", "price", "urgent", "size")])
+        parts.append(replace(like, name=parameter, said=parameter + " {value}"))
+    asked = (f"Call {name} with", f"Use {name} with", f"Run {name} with")
+    kind = Kind((name,), asked, (), (), "result", "The result is {value}.")
+    return Offered(kind, name, tuple(parts))
+
+
+def _offers(rng: Random, words: Words) -> list[Offered]:
+    """One to three tools of different names."""
+    known = rng.sample(TOOLS, rng.choice((1, 2, 2, 3)))
+    found = [coined(rng, words) if rng.random() < 0.25 else offer(rng, kind) for kind in known]
+    return list({each.name: each for each in found}.values())
+
+
+def make(rng: Random, words: Words, effort: Effort) -> Example:
+    """Requests with one to three tools offered: calls, sometimes two at once, results, answers that read them.
+
+    Some requests need no tool. Thinking, only one request is made.
+    """
+    offered = _offers(rng, words)
     specs = tuple(each.spec for each in offered)
-    messages: list[dict[str, Any]] = []
-    check: dict[str, Any] = {}
-    effort: Effort = "none"
+    turns = []
     for _ in range(rng.randint(1, 4)):
-        chosen = rng.choice(offered)
-        request, arguments = call(rng, words, chosen)
-        messages += [user(request + "."), assistant("", calls=[(chosen.name, arguments)])]
-        check = {"type": "tool_call", "name": chosen.name, "arguments": arguments}
-        if rng.random() < 0.75:
-            value = rng.choice((words.code(rng), words.coined(rng)))
-            messages += [
-                tool(json.dumps({chosen.kind.result: value})),
-                assistant(chosen.kind.told.format(value=value)),
-            ]
-            check = {"type": "equals", "value": chosen.kind.told.format(value=value)}
+        if rng.random() < 0.1:
+            turns.append(_plain(rng, words, effort))
         else:
-            break
+            count = 2 if len(offered) > 1 and rng.random() < 0.15 else 1
+            turns.append(_request(rng, words, effort, rng.sample(offered, count)))
+    finished = rng.random() < 0.7
+    messages: list[Mapping[str, Any]] = []
+    for turn in turns if effort == "none" else turns[-1:]:
+        messages += turn.messages
+    check = turns[-1].check
+    if not finished and turns[-1].call:
+        messages = messages[: -turns[-1].after]
+        check = turns[-1].call
     return Example("tool", tuple(messages), specs, effort, check=check)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request up to its answer. after: how many messages follow the call. call: what makes the call right."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    check: Mapping[str, Any]
+    after: int = 0
+    call: Mapping[str, Any] | None = None
+
+
+def _plain(rng: Random, words: Words, effort: Effort) -> Exchange:
+    turn = rng.choice((greeting, parting, knowledge))(rng, words)
+    thoughts = thinking(effort, f"The user says: {turn.request}", f"No tool. {turn.steps}", turn.review)
+    return Exchange((user(turn.request), assistant(turn.answer, thinking=thoughts)), turn.check)
+
+
+def _request(rng: Random, words: Words, effort: Effort, chosen: list[Offered]) -> Exchange:
+    asked = [call(rng, words, each) for each in chosen]
+    request = asked[0][0] + "".join(f". And also: {said}" for said, _ in asked[1:]) + "."
+    calls = [(each.name, arguments) for each, (_, arguments) in zip(chosen, asked, strict=True)]
+    told = ["; ".join(f"{key} {_said(value)}" for key, value in arguments.items()) for _, arguments in calls]
+    names = " and ".join(name for name, _ in calls)
+    thoughts = thinking(effort, f"The user says: {request}", f"I call {names}.", ". ".join(told) + ".")
+    results = [rng.choice((words.code(rng), words.coined(rng))) for _ in chosen]
+    answer = " ".join(each.kind.told.format(value=value) for each, value in zip(chosen, results, strict=True))
+    read = ". ".join(f"{each.kind.result} {value}" for each, value in zip(chosen, results, strict=True)) + "."
+    after = thinking(effort, "The result is here.", read, f"I say: {answer}")
+    listed = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return Exchange(
+        (
+            user(request),
+            assistant("", thinking=thoughts, calls=calls),
+            *(tool(json.dumps({each.kind.result: results[i]}), i) for i, each in enumerate(chosen)),
+            assistant(answer, thinking=after),
+        ),
+        {"type": "equals", "value": answer},
+        len(chosen) + 1,
+        {"type": "tool_call", **listed[0]} if len(listed) == 1 else {"type": "tool_calls", "calls": listed},
+    )

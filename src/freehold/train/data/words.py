@@ -58,14 +58,12 @@ class Words:
                 return code
 
     def several(self, rng: Random, count: int, *, names: bool = True) -> list[str]:
-        """So many different names, or lower-case words. No two share a first syllable while there are enough."""
+        """So many different names, or lower-case words."""
         found: dict[str, None] = {}
-        heads: set[str] = set()
         while len(found) < count:
             word = self.coined(rng)
-            if word[:2] in heads and len(heads) < 60:
-                continue
-            heads.add(word[:2])
+            if self.short and count > len(SYLLABLES) // 4:  # more than there are: still no piece of two syllables
+                word += " " + self.coined(rng)
             found[word.capitalize() if names else word] = None
         return list(found)
 

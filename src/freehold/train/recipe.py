@@ -1,0 +1,113 @@
+"""Recipes: what is trained on what, for how long and how, stage by stage.
+
+A stage is one run of the loop. It begins with the weights that the stage before it ended with, and with fresh optimiser
+state and schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+from freehold.errors import InvalidRequest
+from freehold.train.corpus import CorpusSettings
+from freehold.train.data.mixture import MIXTURE
+from freehold.train.loop import LoopSettings
+from freehold.train.objective import Objective
+from freehold.train.optim import Optim
+from freehold.train.schedule import Schedule
+from freehold.train.shape import tiny_config
+
+StageName: TypeAlias = Literal["pretrain", "indexer", "sft"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """tokens: of training, about. lengths: of rows, ascending. batch_tokens: of one pass; accumulate: passes a step.
+    prompt_weight: what a token that the model is given counts in the loss, where one it says counts 1. mixture,
+    data_seed: of the generated corpus, if it is trained on one. seed: of the order of documents."""
+
+    name: str
+    tokens: int
+    objective: Objective
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    lengths: tuple[int, ...] = (320, 640, 1280)
+    batch_tokens: int = 7680
+    accumulate: int = 1
+    prompt_weight: float = 1.0
+    mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    data_seed: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 2 or list(self.lengths) != sorted(set(self.lengths)):
+            raise InvalidRequest(f"lengths = {self.lengths} must be ascending, from 2", param="lengths")
+        for name in ("tokens", "batch_tokens", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} = {getattr(self, name)} must be at least 1", param=name)
+        if self.batch_tokens < self.lengths[-1]:
+            raise InvalidRequest(
+                f"batch_tokens = {self.batch_tokens} is less than the longest row, {self.lengths[-1]}",
+                param="batch_tokens",
+            )
+        if not 0 <= self.prompt_weight <= 1:
+            raise InvalidRequest(f"prompt_weight = {self.prompt_weight} must be 0 to 1", param="prompt_weight")
+
+    def loop(self, corpus_tokens: int, per_epoch: int) -> LoopSettings:
+        """per_epoch: passes in which all tokens of the corpus are seen once."""
+        steps = math.ceil(self.tokens / corpus_tokens * per_epoch / self.accumulate)
+        return LoopSettings(steps, self.optim, self.schedule, self.accumulate, self.seed)
+
+    def corpus(self) -> CorpusSettings:
+        """The generated corpus: each token of it is seen once."""
+        return CorpusSettings(self.tokens, self.mixture, "train", self.data_seed, self.lengths[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """config: config.json of the model. seed: of its first weights."""
+
+    name: str
+    config: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    seed: int = 0
+
+    def scaled(self, share: float) -> Recipe:
+        """The same with this share of the tokens, for trials."""
+        stages = (replace(stage, tokens=max(1, round(stage.tokens * share))) for stage in self.stages)
+        return replace(self, stages=tuple(stages))
+
+
+def stage(name: StageName, **changes: Any) -> Stage:
+    """The stage of this name as freehold-tiny has it, with changes."""
+    return replace(_STAGES[name], **changes)
+
+
+def tiny_recipe() -> Recipe:
+    """freehold-tiny: language on everything, then indexers alone on dense attention, then all of it on sparse
+    attention, with the loss mostly on what the assistant says."""
+    return Recipe("freehold-tiny", tiny_config(), tuple(_STAGES.values()))
+
+
+_STAGES: Mapping[StageName, Stage] = {
+    "pretrain": Stage("pretrain", 10_000_000, Objective(mtp_share=0.5, half=True)),
+    "indexer": Stage(
+        "indexer",
+        500_000,
+        Objective(mtp_weight=0.0, indexer="warm-up", half=True),
+        Optim(lr=5e-3, decay=0.0),
+        data_seed=1,
+    ),
+    "sft": Stage(
+        "sft",
+        8_000_000,
+        Objective(indexer="sparse", half=True),
+        Optim(lr=2e-3),
+        Schedule(decay=0.6),
+        prompt_weight=0.1,
+        data_seed=2,
+    ),
+}
