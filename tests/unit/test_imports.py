@@ -53,11 +53,21 @@ TORCH = {
     "freehold.model.quantize",
     "freehold.model.quantize_tensors",
     "freehold.model.weights",
+    "freehold.train.batches",
+    "freehold.train.finetune",
+    "freehold.train.head_loss",
+    "freehold.train.initial",
     "freehold.train.loop",
-    "freehold.train.optim",
     "freehold.train.lora",
+    "freehold.train.measure",
+    "freehold.train.merge",
+    "freehold.train.objective",
+    "freehold.train.ops",
+    "freehold.train.optim",
     "freehold.train.publish",
+    "freehold.train.recipe",
     "freehold.train.saved",
+    "freehold.train.stages",
 }
 
 
