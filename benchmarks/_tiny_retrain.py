@@ -26,7 +26,7 @@ from _tiny_arms import ARMS, active_parameters, arm_config
 from _tiny_kept import Retrained
 from _tiny_losses import DOCUMENTS, digest, held_out_documents, model_losses
 from _tiny_retrieval import retrieval_of_length
-from _tiny_tasks import checked, open_model, rate, shown, solve
+from _tiny_tasks import CALLS, checked, open_model, rate, shown, solve
 from rich.console import Console
 from rich.progress import Progress
 
@@ -34,7 +34,7 @@ from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import Tokenizer
 from freehold.stats import Interval
 from freehold.train.corpus import Corpus, CorpusSettings, build
-from freehold.train.data.mixture import KINDS
+from freehold.train.corpus import digest as digest_of
 from freehold.train.loop import StepReport
 from freehold.train.recipe import Recipe, Stage, tiny_recipe
 from freehold.train.stages import MODEL_NAME, from_directory, from_nothing, run_stage
@@ -49,8 +49,7 @@ def arm_recipe(arm: str, recipe: Recipe, tokens: int | None) -> Recipe:
     if arm == "dense":
         stages = tuple(_dense_stage(stage) for stage in stages if stage.objective.indexer != "warm-up")
     config = arm_config(arm, recipe.config)
-    corpora = {stage.name: recipe.corpora[stage.name] for stage in stages}
-    made = replace(recipe, name=arm, config=config, stages=stages, corpora=corpora)
+    made = replace(recipe, name=arm, config=config, stages=stages)
     return made if tokens is None else made.scaled(tokens / language_tokens(recipe))
 
 
@@ -69,13 +68,13 @@ def train(recipe: Recipe, tokenizer: Tokenizer, work: Path) -> tuple[Path, int, 
     tokens, seconds = 0, 0.0
     for stage in recipe.stages:
         directory = work / recipe.name / stage.name
-        corpus = _corpus(work / "corpora", recipe.corpora[stage.name], tokenizer)
+        corpus = _corpus(work / "corpora", stage.corpus(), tokenizer)
         start = (
             from_nothing(recipe.config, tokenizer, recipe.seed)
             if model is None
             else from_directory(directory.with_name(recipe.stages[recipe.stages.index(stage) - 1].name))
         )
-        with _bar(f"{recipe.name}: {stage.name}", stage.steps) as report:
+        with _bar(f"{recipe.name}: {stage.name}") as report:
             finished = run_stage(stage, start, corpus, directory, report=report)
         print(f"{recipe.name}: {stage.name}: {finished.tokens:,} tokens in {finished.seconds:.0f} s", flush=True)
         tokens, seconds = tokens + finished.tokens, seconds + finished.seconds
@@ -86,20 +85,21 @@ def train(recipe: Recipe, tokenizer: Tokenizer, work: Path) -> tuple[Path, int, 
 
 def _corpus(directory: Path, settings: CorpusSettings, tokenizer: Tokenizer) -> Corpus:
     """Made once, for all arms."""
-    return build(directory / f"{settings.seed}-{settings.tokens}", settings, tokenizer, ChatTemplate.builtin())
+    name = digest_of(settings, tokenizer, ChatTemplate.builtin())[:16]
+    return build(directory / name, settings, tokenizer, ChatTemplate.builtin())
 
 
 @contextmanager
-def _bar(label: str, steps: int) -> Iterator[Callable[[StepReport], None]]:
+def _bar(label: str) -> Iterator[Callable[[StepReport], None]]:
     """A progress bar with loss and tokens a second, on a terminal."""
     console = Console(stderr=True)
     columns = Progress.get_default_columns()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=steps)
+        task = bar.add_task(label, total=None)
 
         def report(step: StepReport) -> None:
             text = f"{label}: loss {step.loss:.3f}, {step.tokens / max(step.seconds, 1e-9):,.0f} tokens/s"
-            bar.update(task, completed=step.step, description=text)
+            bar.update(task, completed=step.step, total=step.steps, description=text)
 
         yield report
 
@@ -114,9 +114,8 @@ def measure(arm: str, model: Path, base: dict[str, Any], prompts: int, documents
         for times in (4, 16):
             answered = solve(llm, retrieval_of_length(llm.tokenizer, times * topk, prompts), max_tokens=64)
             rates[f"retrieval at {times}x"] = rate(answered).as_list()
-        for kind in ("tool", "format"):
-            if kind in KINDS:
-                rates[kind] = rate(solve(llm, checked(kind, prompts))).as_list()
+        rates["tool calls"] = rate(solve(llm, checked("tool", prompts, checks=CALLS))).as_list()
+        rates["format"] = rate(solve(llm, checked("format", prompts))).as_list()
     return Retrained(arm, 0, 0.0, digest(held_out), losses, rates, {})
 
 

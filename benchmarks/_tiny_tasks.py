@@ -4,7 +4,7 @@ judged by the checkers of `freehold.train.data.checks`."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ R = TypeVar("R")
 
 SEED = 50_000  # of everything held out; training counts its seeds from 0
 TOGETHER = 16  # prompts in the engine at a time: the rows of a step that adds up in one order
+CALLS = ("tool_call", "tool_calls")  # checks of calls
 MAX_TOKENS = 640
 CONTEXT = 4096
 
@@ -62,12 +63,14 @@ def held_out(kind: str, count: int, seed: int = SEED) -> list[Example]:
     return [generate(kind, "test", seed, index) for index in range(count)]
 
 
-def checked(kind: str, count: int, seed: int = SEED, among: int = 20) -> list[Example]:
-    """The first test examples of a kind that have something to check."""
+def checked(
+    kind: str, count: int, seed: int = SEED, among: int = 20, checks: Collection[str] | None = None
+) -> list[Example]:
+    """The first test examples of a kind that have something to check; by one of `checks`, if given."""
     found: list[Example] = []
     for index in range(count * among):
         example = generate(kind, "test", seed, index)
-        if example.check is not None:
+        if example.check is not None and (checks is None or example.check["type"] in checks):
             found.append(example)
         if len(found) == count:
             return found
@@ -128,19 +131,16 @@ def solve(llm: LLM, examples: Sequence[Example], *, max_tokens: int = MAX_TOKENS
     ]
 
 
-def calls_of(result: ChatResult) -> list[dict[str, Any]]:
-    """The calls of an answer as messages have them, with arguments decoded where they are JSON."""
-    return [
-        {"type": "function", "function": {"name": call.name, "arguments": _decoded(call.arguments)}}
-        for call in result.tool_calls
-    ]
+def calls_of(result: ChatResult) -> list[tuple[str, Any]]:
+    """The calls of an answer as checkers take them: name, and arguments decoded where they are JSON."""
+    return [(call.name, _decoded(call.arguments)) for call in result.tool_calls]
 
 
 def _decoded(arguments: str) -> Any:
     try:
         return json.loads(arguments)
     except ValueError:
-        return arguments
+        return {"not JSON": arguments}
 
 
 def rate(answered: Sequence[Answered]) -> Interval:

@@ -11,7 +11,7 @@ from _tiny_tasks import MAX_TOKENS, answer, calls_of
 from freehold import LLM
 from freehold.serve.answers import ChatResult
 from freehold.stats import Interval, wilson
-from freehold.train.data.checks import judge
+from freehold.train.data.checks import judge_answer
 from freehold.train.data.example import EFFORTS, Example
 from freehold.train.data.mixture import KINDS, generate
 
@@ -67,7 +67,7 @@ def _right(example: Example, result: ChatResult) -> bool | None:
     """None where there is nothing to check."""
     if example.check is None:
         return None
-    return judge(example, result.content, calls_of(result), result.reasoning).right
+    return judge_answer(example.check, result.content, calls_of(result)).right
 
 
 def in_order(rows: Sequence[Row]) -> Interval:

@@ -29,6 +29,7 @@ class Question:
     result: str = ""  # of the tool that the first answer calls
 
 
+_CODES = "The code of Tanlor is 4821. The code of Velkin is 9035. The code of Murdan is 1764."
 _WEATHER = {
     "type": "function",
     "function": {
@@ -44,8 +45,7 @@ _WEATHER = {
 QUESTIONS = (
     Question(
         (
-            "The code of Tanlor is 4821. The code of Velkin is 9035. The code of Murdan is 1764.\n\n"
-            "What is the code of Velkin?",
+            f"{_CODES}\n\nWhat is the code of Velkin?",
             "And the code of Murdan?",
         )
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("card") / "nano", "nano").directory
 
 
-def test_figures_and_what_was_missed_are_in_it(checkpoint: Path) -> None:
-    training = {
-        "command": "freehold train tiny OUT",
-        "stages": [{"name": "pretrain", "tokens": 10_000_000, "seconds": 1800.0, "loss": 1.2345}],
-        "data": [{"kind": "story", "documents": 1234, "tokens": 567_890}],
-        "longest": 1280,
-    }
-    text = card(checkpoint, _results(), training, "plot.png")
+def test_figures_and_what_was_missed_are_in_it(checkpoint: Path, tmp_path: Path) -> None:
+    trained = shutil.copytree(checkpoint, tmp_path / "trained")
+    (trained / "training").mkdir()
+    lines = [f"{step},{1000 * (step + 1)},{60.0 * step},1,1,{9.0 if step < 10 else 1.234}" for step in range(31)]
+    (trained / "training" / "1-pretrain.csv").write_text("\n".join(["step,tokens,seconds,lr_factor,norm,loss", *lines]))
+    (trained / "training" / "plot.png").write_bytes(b"")
+    stage = {"name": "pretrain", "lengths": [320, 1280], "mixture": {"story": 0.25, "tool": 0.75}}
+    (trained / "training" / "recipe.json").write_text(json.dumps({"stages": [stage]}))
+    text = card(trained, _results())
     for expected in (
         "| tool | 97.5% (95.1 to 98.8) | 400 |",
         "| tokens off < High < Max | 50.0% (25.0 to 75.0) | 2 |",
@@ -58,10 +60,10 @@ def test_figures_and_what_was_missed_are_in_it(checkpoint: Path) -> None:
         "from 0% to 75% there (+75 points, +40 to +100), and by -1.5 points (-3.5 to +0.5) on all else",
         "| every-layer | 3,000,000 | 10 | 50.0% (25.0 to 75.0) |",
         "| index and entries shared | 3 | 2.35 |",
-        "| pretrain | 10,000,000 | 30 | 1.234 |",
-        "| story | 1,234 | 567,890 |",
-        "![loss by tokens](plot.png)",
-        "at most 1280 tokens",
+        "| 1-pretrain | 31 | 31,000 | 30 | 1.234 |",
+        "| story | 25% |",
+        "![loss by tokens](training/plot.png)",
+        "at most 1,280 tokens",
         "index_topk 16",
     ):
         assert expected in text
@@ -70,16 +72,17 @@ def test_figures_and_what_was_missed_are_in_it(checkpoint: Path) -> None:
 
 
 def test_without_results_it_claims_nothing(checkpoint: Path) -> None:
-    text = card(checkpoint, None, None)
+    text = card(checkpoint)
     assert text.count("Nothing was measured yet") == 2
-    assert "%" not in text
+    assert "%" not in text.partition("## What it can do")[2].partition("## What it cannot do")[0]
+    assert "| 1-" not in text
     assert "![" not in text
 
 
 def test_it_is_written_beside_the_weights(checkpoint: Path) -> None:
-    path = write_card(checkpoint, None, None)
+    path = write_card(checkpoint)
     assert path == checkpoint / "README.md"
-    assert path.read_text() == card(checkpoint, None, None)
+    assert path.read_text() == card(checkpoint)
 
 
 def test_the_newest_results_are_taken(tmp_path: Path) -> None:
