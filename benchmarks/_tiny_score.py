@@ -2,8 +2,11 @@
 
     python benchmarks/_tiny_score.py CHECKPOINT_DIR --kinds retrieval,tool,format --n 50
     python benchmarks/_tiny_score.py CHECKPOINT_DIR --kinds retrieval --n 50 --lengths 64,256,1024 --show 3
+    python benchmarks/_tiny_score.py RUN_DIR --tokenizer DIR --dense
 
-Greedy, through the engine. A rate has its 95% interval; --show prints that many wrong answers of each kind.
+Greedy, through the engine. A rate has its 95% interval; --show prints that many wrong answers of each kind. The
+directory of a run that goes on will do: its last checkpoint is scored. --dense attends to everything, for models whose
+indexers have not learnt yet.
 `tiny_model.py` is the whole measurement.
 """
 
@@ -12,26 +15,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from _tiny_tasks import Answered, checked, open_model, rate, shown, solve
+from _tiny_retrieval import retrieval_of_length
+from _tiny_tasks import CALLS, Answered, checked, open_model, rate, shown, solve
+from _tiny_variants import published, with_config
+
+from freehold import LLM
+from freehold.train.data.example import Example
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--kinds", default="retrieval,tool,format", help="separated by commas")
+    parser.add_argument("--kinds", default="retrieval,tool,format", help="separated by commas; calls: tool calls only")
     parser.add_argument("--n", type=int, default=50, help="prompts of each kind")
     parser.add_argument("--lengths", default="", help="of retrieval, in tokens, separated by commas")
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--dense", action="store_true", help="attend to everything, whatever index_topk is")
+    parser.add_argument("--tokenizer", type=Path, help="where the tokenizer of a run is")
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print of each kind")
     parser.add_argument("--json", action="store_true", help="a line of JSON at the end")
     args = parser.parse_args()
     found = {}
-    with open_model(args.checkpoint, threads=args.threads) as llm:
+    with tempfile.TemporaryDirectory() as scratch, _opened(args, Path(scratch)) as llm:
         for name, examples in _tasks(args, llm):
             start = time.perf_counter()
             answered = solve(llm, examples, max_tokens=args.max_tokens)
@@ -44,13 +56,24 @@ def main() -> int:
     return 0
 
 
-def _tasks(args: argparse.Namespace, llm):
-    from _tiny_retrieval import retrieval_of_length
+def _opened(args: argparse.Namespace, scratch: Path) -> LLM:
+    checkpoint = args.checkpoint
+    if not (checkpoint / "config.json").exists():
+        checkpoint = published(checkpoint, args.tokenizer, scratch / "published")
+    if args.dense:
+        positions = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
+        checkpoint = with_config(checkpoint, scratch / "dense", index_topk=positions)
+    return open_model(checkpoint, threads=args.threads)
 
+
+def _tasks(args: argparse.Namespace, llm: LLM) -> Iterator[tuple[str, list[Example]]]:
+    """Name and prompts of each thing to score."""
     for kind in args.kinds.split(","):
         if kind == "retrieval" and args.lengths:
             for length in map(int, args.lengths.split(",")):
                 yield f"retrieval {length}", retrieval_of_length(llm.tokenizer, length, args.n)
+        elif kind == "calls":
+            yield kind, checked("tool", args.n, checks=CALLS)
         else:
             yield kind, checked(kind, args.n)
 

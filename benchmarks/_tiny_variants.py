@@ -10,9 +10,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from freehold.model.config import GlmConfig
+from freehold.model.glm import Glm
 from freehold.model.names import tensor_specs
+from freehold.model.tokenizer import Tokenizer
+from freehold.train import saved
+from freehold.train.publish import write
+from freehold.train.run_directory import RUN_NAME
+from freehold.train.shape import with_ends
 
-_OWN = ("config.json", "README.md", "model.safetensors.index.json")
+
+def published(run: Path, tokenizer: Path | None, directory: Path) -> Path:
+    """The last checkpoint of a run's directory, in the published layout. tokenizer: a directory that has it."""
+    if tokenizer is None:
+        raise SystemExit(f"{run}: a run's directory, which has no tokenizer: name one with --tokenizer")
+    raw = json.loads((run / RUN_NAME).read_text())["config"]
+    model = Glm(GlmConfig.from_dict(raw), dtype=torch.float32)
+    saved.load_into(run / saved.CHECKPOINT_NAME, "model", dict(model.named_parameters()))
+    found = Tokenizer(Tokenizer.from_dir(tokenizer).backend, vocab_size=raw["vocab_size"])
+    write(model, found, with_ends(raw, found), directory)
+    return directory
 
 
 def with_config(checkpoint: Path, directory: Path, **changes: Any) -> Path:
