@@ -1,4 +1,4 @@
-"""Random adapters in PEFT's files, and checkpoints with one merged in, made without the code that reads them."""
+"""Random adapters in PEFT's files, checkpoints with one merged in, and what a model holds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from freehold.headers import SINGLE_NAME
+from freehold.headers import SINGLE_NAME, CheckpointIndex
+from freehold.model.adapters import merged_tensor, read_adapter
 from freehold.model.config import GlmConfig
+from freehold.model.glm import Glm
 from freehold.model.names import tensor_specs
+from freehold.model.packed import PackedWeight
 
 ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 SHARED = ("shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj")
@@ -78,16 +81,21 @@ def write_adapter(
     return out
 
 
-def write_merged(out: Path, base: Path, adapter: Path, scale: float) -> Path:
-    """The (unquantised) checkpoint at `base` with W + scale · B A, summed in fp64, in the place of W."""
+def write_merged(out: Path, base: Path, adapter: Path) -> Path:
+    """The (unquantised) checkpoint at `base` with the adapter merged in."""
     shutil.copytree(base, out)
+    read, index = read_adapter(adapter, GlmConfig.from_file(base)), CheckpointIndex.open(base)
     held = safetensors.torch.load_file(base / SINGLE_NAME)
-    factors = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
-    for name in factors:
-        if ".lora_A." in name:
-            target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
-            delta = factors[name.replace(".lora_A.", ".lora_B.")].double() @ factors[name].double()
-            held[target] = (held[target].double() + scale * delta).to(held[target].dtype)
+    held |= {name: merged_tensor(index, read, name) for name in read.factors}
     (out / SINGLE_NAME).unlink()
     safetensors.torch.save_file(held, out / SINGLE_NAME, metadata={"format": "pt"})
     return out
+
+
+def held_by(model: Glm) -> dict[str, Tensor]:
+    """All that a model computes with, by the names of its modules: parameters, codes and scales."""
+    held = dict(model.named_parameters())
+    for name, part in model.named_modules():
+        if isinstance(part, PackedWeight):
+            held |= {f"{name}.codes": part.codes} | ({} if part.scales is None else {f"{name}.scales": part.scales})
+    return held

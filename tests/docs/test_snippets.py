@@ -60,10 +60,14 @@ def wait_ready(process: subprocess.Popen[bytes], root: str, log: Path, seconds: 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models/small, which is really a nano: the blocks are about commands, not sizes."""
+    """A folder with models/small, which is really a nano: the blocks are about commands, not sizes; and with
+    models/freehold-tiny."""
     folder = tmp_path_factory.mktemp("here")
     command = [*FREEHOLD, "tiny", "models/small", "--size", "nano"]
     subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, timeout=120)
+    trained = ROOT / "models" / "freehold-tiny"
+    if trained.is_dir():
+        (folder / "models" / trained.name).symlink_to(trained)
     return folder
 
 

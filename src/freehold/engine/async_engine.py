@@ -310,12 +310,14 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[TokenChunk, None]:
         """Queue a request; its chunks come from the returned generator, the last with a finish reason.
 
         Refuses at once, by raising: Overloaded (the queue is full; retry_after is an estimate), Unavailable (starting,
-        draining, dead), InvalidRequest, ContextTooLong, InsufficientMemory. Closing the generator aborts the request,
-        and so does cancelling the task that waits on it; its blocks are free within a step.
+        draining, dead), InvalidRequest, NotFound (no such adapter), ContextTooLong, InsufficientMemory. Closing the
+        generator aborts the request, and so does cancelling the task that waits on it; its blocks are free within a
+        step.
         """
         self._require_running()
         if len(self._streams) >= self.config.max_num_seqs + self.config.max_queue:
@@ -324,9 +326,11 @@ class AsyncEngine:
                 retry_after=self._retry_after(),
             )
         self.engine.check_prompt(prompt_token_ids)
+        self.engine.check_adapter(adapter)
         self.engine.check(len(prompt_token_ids), params)
+        arrival = self.engine.clock()
         return self._submit(
-            Request(request_id, prompt_token_ids, params, cache_salt=cache_salt, arrival=self.engine.clock())
+            Request(request_id, prompt_token_ids, params, cache_salt=cache_salt, adapter=adapter, arrival=arrival)
         )
 
     def abort(self, request_id: str) -> None:

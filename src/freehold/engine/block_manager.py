@@ -9,10 +9,11 @@ A block is in exactly one of three states:
 
 The prefix cache maps the digest of a *full* block to the block that holds it. A digest is chained,
 
-    digest[i] = blake2b(digest[i-1] ‖ tokens of block i),        digest[-1] = blake2b(salt)
+    digest[i] = blake2b(digest[i-1] ‖ tokens of block i),        digest[-1] = blake2b(salt, adapter)
 
-so equal digests mean equal tokens from position 0 on, and equal salts: requests with different salts (tenants) never
-share, and cannot learn from timing what another one asked. Evicted first is what was released longest ago, and of one
+so equal digests mean equal tokens from position 0 on, equal salts and one adapter: requests with different salts
+(tenants) never share, and cannot learn from timing what another one asked; nor do requests with different adapters,
+which compute other entries for the same tokens. Evicted first is what was released longest ago, and of one
 request's blocks the last (a prefix is of no use without its beginning).
 """
 
@@ -28,9 +29,11 @@ from freehold.errors import EngineError
 _DIGEST_BYTES = 32  # cryptographic: a tenant must not be able to construct a collision
 
 
-def root_digest(salt: str | None) -> bytes:
+def root_digest(salt: str | None, adapter: str | None = None) -> bytes:
     """The parent of a first block's digest. No salt and an empty salt are different salts."""
-    return blake2b(b"" if salt is None else b"salt:" + salt.encode("utf-8"), digest_size=_DIGEST_BYTES).digest()
+    key = b"" if adapter is None else blake2b(adapter.encode("utf-8"), digest_size=_DIGEST_BYTES).digest()
+    salted = b"" if salt is None else b"salt:" + salt.encode("utf-8")
+    return blake2b(salted, key=key, digest_size=_DIGEST_BYTES).digest()
 
 
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -46,12 +49,12 @@ class BlockTable:
 
     __slots__ = ("_ids", "blocks", "digests", "epoch", "num_published", "root")
 
-    def __init__(self, salt: str | None = None) -> None:
+    def __init__(self, salt: str | None = None, adapter: str | None = None) -> None:
         self.blocks: list[int] = []
         self.digests: list[bytes] = []
         self.num_published = 0  # leading blocks that are full, computed, and offered to the prefix cache
         self.epoch = 0
-        self.root = root_digest(salt)
+        self.root = root_digest(salt, adapter)
         self._ids: tuple[int, ...] = ()
 
     @property

@@ -67,7 +67,10 @@ def most_drafts(decoding: int, rows: int = 0) -> int:
 
 
 class Drafter:
-    """Owns the MTP layer's side of the cache, and the drafts between two steps. Used from one thread."""
+    """Owns the MTP layer's side of the cache, and the drafts between two steps. Used from one thread.
+
+    coverage: of the cache, where several drafters (of a model and of its adapters) share one.
+    """
 
     def __init__(
         self,
@@ -75,11 +78,12 @@ class Drafter:
         cache: PagedCache,
         sampler: Sampler,
         policy: Policy,
+        coverage: Coverage | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.cache, self.sampler, self.policy = model, cache, sampler, policy
         self._clock = clock
-        self.coverage = Coverage(cache.num_blocks, cache.block_size)
+        self.coverage = Coverage(cache.num_blocks, cache.block_size) if coverage is None else coverage
         self._proposals: dict[str, Proposal] = {}
 
     def release(self, request_id: str) -> None:

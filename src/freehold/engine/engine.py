@@ -20,7 +20,15 @@ from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request
 from freehold.engine.scheduler import Scheduler, SchedulerConfig
 from freehold.engine.step import Runner
-from freehold.errors import INTERNAL_ERROR, ConfigError, EngineError, FreeholdError, InvalidRequest, Unavailable
+from freehold.errors import (
+    INTERNAL_ERROR,
+    ConfigError,
+    EngineError,
+    FreeholdError,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 from freehold.types import SamplingParams, TokenChunk
 
 logger = logging.getLogger("freehold.engine")
@@ -33,7 +41,7 @@ class EngineConfig:
     max_model_len: prompt and completion tokens of one request. block_size: tokens. max_num_seqs: requests that run
     at once. max_num_batched_tokens: the token budget of a step. max_queue: requests that may wait for their turn
     (`AsyncEngine` refuses more). cache_bytes_per_token: of all layers together, for messages.
-    num_draft_tokens: see `SchedulerConfig`.
+    num_draft_tokens: see `SchedulerConfig`. adapters: names that requests may give; the runner has what they mean.
     """
 
     model_name: str
@@ -48,6 +56,7 @@ class EngineConfig:
     max_queue: int = 256
     enable_prefix_cache: bool = True
     num_draft_tokens: int = 0
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_blocks", "vocab_size", "block_size", "max_num_seqs"):
@@ -56,6 +65,8 @@ class EngineConfig:
         for name in ("max_queue", "num_draft_tokens", "cache_bytes_per_token"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must not be negative")
+        if len({self.model_name, *self.adapters}) <= len(self.adapters):
+            raise ConfigError(f"the model {self.model_name!r} and its adapters {self.adapters} need names of their own")
         if self.max_num_batched_tokens < 1 + self.num_draft_tokens:
             raise ConfigError(
                 f"max_num_batched_tokens = {self.max_num_batched_tokens}: with num_draft_tokens = "
@@ -68,7 +79,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Used by one thread; only `check`, `stats` and `failure` may be called from others."""
+    """Used by one thread; only the checks, `stats` and `failure` may be called from others."""
 
     def __init__(self, config: EngineConfig, runner: Runner, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
@@ -88,7 +99,7 @@ class Engine:
         )
         # "gpu" because that is what the label is called elsewhere; here it is whatever memory the runner uses.
         cache = {"block_size": config.block_size, "num_gpu_blocks": config.num_blocks}
-        self.metrics = EngineMetrics(config.model_name, self.stats, cache)
+        self.metrics = EngineMetrics(config.model_name, self.stats, cache, config.adapters)
         self._pending: list[TokenChunk] = []  # aborts, handed out by the next step
         self._closed = False
 
@@ -103,15 +114,22 @@ class Engine:
             wrong = next(token_id for token_id in prompt_token_ids if not 0 <= token_id <= top)
             raise InvalidRequest(f"prompt token id {wrong} is not in the vocabulary (0 to {top})", param="prompt")
 
+    def check_adapter(self, name: str | None) -> None:
+        """Refuse an adapter that is not loaded, with NotFound."""
+        if name is not None and name not in self.config.adapters:
+            loaded = ", ".join(self.config.adapters) or "none"
+            raise NotFound(f"adapter {name!r} is not loaded; loaded are: {loaded}", param="adapter")
+
     def add(self, request: Request) -> None:
         """Queue a request; raises what the checks raise, and Unavailable once the runner failed or was closed."""
         if self.failure is not None or self._closed:
             reason = self.failure.message if self.failure is not None else "it was closed"
             raise Unavailable(f"the engine does not run any more: {reason}; restart the server")
         self.check_prompt(request.prompt_token_ids)
+        self.check_adapter(request.adapter)
         self.scheduler.add(request)
         if request.measured:
-            self.metrics.begin(request.request_id, request.arrival)
+            self.metrics.begin(request.request_id, request.arrival, request.adapter)
 
     def abort(self, request_id: str) -> None:
         """End a request, if there is one: its blocks are free at once, its last chunk comes with the next step."""

@@ -6,7 +6,7 @@ This is the one place where the engine's settings meet the machine: threads, mem
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +16,12 @@ import torch
 from freehold.engine.draft_policy import DraftPolicy
 from freehold.engine.engine import Engine, EngineConfig
 from freehold.engine.guide import GuideCompiler
-from freehold.engine.runner import ModelRunner
+from freehold.engine.runner import ModelRunner, Served
 from freehold.engine.sampler import Sampler
 from freehold.errors import ConfigError, InsufficientMemory, InvalidRequest
+from freehold.headers import CheckpointIndex
+from freehold.model.adapted import adapt
+from freehold.model.adapters import Adapter, read_adapter
 from freehold.model.cache import IndexCache, LatentCache, PagedCache, cache_bytes_per_token
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
@@ -54,6 +57,7 @@ class EngineOptions:
     index_cache: "fp8" stores the indexer's keys in 8 bits, half of bf16; near-equal scores may then change places.
     latent_cache: "fp8" stores latents in 8 bits and rope keys in bf16, 57% of bf16 for GLM-5.2; values are then rounded
     to 4 significant bits.
+    lora: (name, directory) of adapters that requests may choose by name, each merged into a copy of what it changes.
     num_draft_tokens: the most tokens that the MTP layer drafts for a request and step; 0 turns drafting off. Default
     DEFAULT_DRAFTS where the checkpoint has such a layer and drafts cannot change a token: with the native kernels, and
     in fp32.
@@ -77,6 +81,7 @@ class EngineOptions:
     expert_bytes: int | None = None
     expert_dir: Path | None = None
     num_draft_tokens: int | None = None
+    lora: tuple[tuple[str, Path], ...] = ()
 
 
 def build_engine(
@@ -96,8 +101,17 @@ def build_engine(
     mark("config")
     tokenizer = Tokenizer.from_dir(directory)
     mark("tokenizer")
+    adapters = _read_adapters(config, options)
     model = load_model(directory, config, options, progress)
     mark("weights: mapped, packed")
+    try:
+        adapted = _adapt(directory, model, adapters) if adapters else {}
+    except BaseException:
+        if model.pager is not None:
+            model.pager.close()
+        raise
+    if adapters:
+        mark("adapters: merged")
     engine_config = _engine_config(config, directory, options, model)
     cache = PagedCache(
         config,
@@ -109,8 +123,12 @@ def build_engine(
     )
     guides = GuideCompiler(tokenizer, config.eos_token_ids)
     sampler = Sampler(config.vocab_size, config.eos_token_ids, guides)
-    drafts = DraftPolicy(engine_config.num_draft_tokens) if engine_config.num_draft_tokens else None
-    engine = Engine(engine_config, ModelRunner(model, cache, sampler, drafts))
+
+    def drafts() -> DraftPolicy | None:
+        return DraftPolicy(engine_config.num_draft_tokens) if engine_config.num_draft_tokens else None
+
+    served = {name: Served(own, drafts()) for name, own in adapted.items()}
+    engine = Engine(engine_config, ModelRunner(model, cache, sampler, drafts(), served))
     mark("cache, sampler, scheduler")
     return engine, tokenizer
 
@@ -148,11 +166,40 @@ def load_model(directory: Path, config: GlmConfig, options: EngineOptions, progr
         _load_paged(model, directory, options, options.expert_bytes, progress)
     if isinstance(ops, NativeOps):
         ops.pager = model.pager
+    _fuse(model)
+    return model
+
+
+def _fuse(model: Glm) -> None:
+    """Let steps of few rows run all layers at once, where the kernels can."""
+    ops, config = model.ops, model.config
+    if isinstance(ops, NativeOps):
         if fits(config, layers := model.decoder_layers):
             model.run_few = FusedLayers(ops, config, layers)
         if model.mtp is not None and fits(config, [model.mtp]):
             model.mtp_few = FusedMtp(ops, config, model.mtp)
-    return model
+
+
+def _read_adapters(config: GlmConfig, options: EngineOptions) -> dict[str, Adapter]:
+    """By name. Raises what `read_adapter` raises, and InvalidRequest for names that cannot be told apart."""
+    found: dict[str, Adapter] = {}
+    for name, path in options.lora:
+        if not name.strip() or name in found:
+            raise InvalidRequest(f"--lora {name}={path}: each adapter needs a name of its own", param="lora")
+        found[name] = read_adapter(path, config)
+    return found
+
+
+def _adapt(directory: Path, model: Glm, adapters: Mapping[str, Adapter]) -> dict[str, Glm]:
+    """The model with each adapter. directory: the checkpoint that it was loaded from."""
+    index = CheckpointIndex.open(directory)
+    found: dict[str, Glm] = {}
+    for name, adapter in adapters.items():
+        found[name], num_bytes = adapt(model, index, adapter)
+        _fuse(found[name])
+        what = f"rank {adapter.rank}, {len(adapter.factors)} matrices"
+        logger.info("adapter %s: %s, %s bytes beside the model", name, what, f"{num_bytes:,}")
+    return found
 
 
 def _give_memory(model: Glm) -> None:
@@ -228,6 +275,7 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, m
         vocab_size=config.vocab_size,
         cache_bytes_per_token=per_token,
         num_draft_tokens=drafts,
+        adapters=tuple(name for name, _ in options.lora),
     )
 
 

@@ -104,13 +104,28 @@ class Histogram:
         return family
 
 
+@dataclass(slots=True)
+class AdapterTotals:
+    """Of the requests of one adapter: how many ended, prompt tokens of those that produced something, and tokens
+    generated."""
+
+    finished: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
 class EngineMetrics(Collector):
     """The metrics of one engine, in a registry of their own. `registry` is what `/metrics` exposes."""
 
     def __init__(
-        self, model_name: str, stats: Callable[[], EngineStats], cache: Mapping[str, int] | None = None
+        self,
+        model_name: str,
+        stats: Callable[[], EngineStats],
+        cache: Mapping[str, int] | None = None,
+        adapters: Iterable[str] = (),
     ) -> None:
-        """cache: its `block_size` and `num_gpu_blocks`, exported as labels, for routers that match prefixes."""
+        """cache: its `block_size` and `num_gpu_blocks`, exported as labels, for routers that match prefixes.
+        adapters: names of those that have totals of their own, beside being in those of the model."""
         self.model_name = model_name
         self.registry = CollectorRegistry()
         self.finished = dict.fromkeys(FinishReason, 0)
@@ -119,7 +134,9 @@ class EngineMetrics(Collector):
         self.steps = 0
         self._stats = stats
         self._cache = {key: str(value) for key, value in (cache or {}).items()}
+        self.adapters = {name: AdapterTotals() for name in adapters}
         self._clocks: dict[str, StreamClock] = {}
+        self._adapter_of: dict[str, AdapterTotals] = {}  # by request that is being measured
         self._ttft = Histogram(TTFT_BUCKETS)
         self._itl = Histogram(ITL_BUCKETS)
         self._tpot = Histogram(ITL_BUCKETS)
@@ -127,9 +144,11 @@ class EngineMetrics(Collector):
         self._step = Histogram(STEP_BUCKETS)
         self.registry.register(self)
 
-    def begin(self, request_id: str, arrival: float) -> None:
+    def begin(self, request_id: str, arrival: float, adapter: str | None = None) -> None:
         """Measure this request from its arrival on. Requests that were not begun are left out (a warm-up)."""
         self._clocks[request_id] = StreamClock(arrival)
+        if adapter is not None:
+            self._adapter_of[request_id] = self.adapters[adapter]
 
     def record(self, chunks: Iterable[TokenChunk], now: float, *, step_seconds: float | None = None) -> None:
         """Note one step and the chunks it made; step_seconds is None where there was nothing to compute."""
@@ -139,6 +158,8 @@ class EngineMetrics(Collector):
         for chunk in chunks:
             clock = self._clocks.get(chunk.request_id)
             if clock is not None:
+                if (totals := self._adapter_of.get(chunk.request_id)) is not None:
+                    self._record_adapter(chunk, clock, totals)
                 self._record_chunk(chunk, clock, now)
 
     def _record_chunk(self, chunk: TokenChunk, clock: StreamClock, now: float) -> None:
@@ -160,6 +181,15 @@ class EngineMetrics(Collector):
             self._e2e.observe(now - clock.started)
             if clock.tpot is not None:
                 self._tpot.observe(clock.tpot)
+
+    def _record_adapter(self, chunk: TokenChunk, clock: StreamClock, totals: AdapterTotals) -> None:
+        """As `_record_chunk` counts, and before it."""
+        totals.generation_tokens += len(chunk.token_ids)
+        if clock.first is None and (chunk.token_ids or chunk.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)):
+            totals.prompt_tokens += chunk.usage.prompt_tokens
+        if chunk.finish_reason is not None:
+            totals.finished += 1
+            del self._adapter_of[chunk.request_id]
 
     def mean_e2e(self) -> float | None:
         """Mean end-to-end seconds of the requests that ended by themselves; None before the first."""
@@ -210,6 +240,16 @@ class EngineMetrics(Collector):
                 counter = CounterMetricFamily(full, text, labels=["model_name"])
                 counter.add_metric([self.model_name], value)
                 yield counter
+        for name, text in (
+            ("finished", "Requests that ended, by adapter."),
+            ("prompt_tokens", "Prompt tokens of requests that produced something, by adapter."),
+            ("generation_tokens", "Tokens generated, by adapter."),
+        ):
+            full = "freehold_adapter_" + ("requests_finished" if name == "finished" else name)
+            counter = CounterMetricFamily(full, text, labels=["model_name", "adapter"])
+            for adapter, totals in self.adapters.items():
+                counter.add_metric([self.model_name, adapter], getattr(totals, name))
+            yield counter
         steps = CounterMetricFamily("freehold_steps", "Engine steps.", labels=["model_name"])
         steps.add_metric([self.model_name], self.steps)
         yield steps

@@ -27,10 +27,12 @@ class Request:
     """Mutable, and owned by the engine's thread from `Engine.add` on.
 
     arrival: seconds of the engine's clock. measured: counted in the latency metrics (a warm-up is not).
+    adapter: the name of the adapter that computes it; None: the model as it is.
     num_cached_tokens: prompt tokens that the prefix cache had when the request first ran.
     """
 
     __slots__ = (
+        "adapter",
         "announced",
         "arrival",
         "cache_salt",
@@ -59,6 +61,7 @@ class Request:
         params: SamplingParams,
         *,
         cache_salt: str | None = None,
+        adapter: str | None = None,
         arrival: float = 0.0,
         measured: bool = True,
     ) -> None:
@@ -66,6 +69,7 @@ class Request:
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.params = params
         self.cache_salt = cache_salt
+        self.adapter = adapter
         self.arrival = arrival
         self.measured = measured
         self.num_prompt_tokens = len(self.prompt_token_ids)
@@ -78,7 +82,7 @@ class Request:
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
-        self.table = BlockTable(cache_salt)
+        self.table = BlockTable(cache_salt, adapter)
         self.draft_proposed = 0
         self.draft_accepted = 0
         # Collected chunk by chunk while the prompt is computed, handed out with the first chunk, then None.

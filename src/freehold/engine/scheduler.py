@@ -256,7 +256,7 @@ class Scheduler:
     def _announce(self, request: Request, new: list[NewRequest]) -> None:
         """A request runs for the first time: tell the runner, and count what others had computed of it."""
         request.announced = True
-        new.append(NewRequest(request.request_id, request.prompt_token_ids, request.params))
+        new.append(NewRequest(request.request_id, request.prompt_token_ids, request.params, request.adapter))
         if self._may_share(request):
             request.num_cached_tokens = request.num_computed_tokens
             self.counters.prefix_queries += request.num_prompt_tokens

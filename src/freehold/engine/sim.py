@@ -278,10 +278,14 @@ def build_sim_engine(
     max_num_batched_tokens: int = 2_048,
     max_queue: int = 256,
     enable_prefix_cache: bool = True,
+    adapters: tuple[str, ...] = (),
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Engine, Tokenizer]:
-    """A real engine around a SimRunner, and the tokenizer it speaks. The sizes are those of `EngineConfig`."""
+    """A real engine around a SimRunner, and the tokenizer it speaks. The sizes are those of `EngineConfig`.
+
+    adapters: names that requests may give; what is said does not depend on them.
+    """
     sim = SimConfig() if sim is None else sim
     tokenizer = Tokenizer.toy(sim.vocab_size)
     ends = (tokenizer.special_id(text) for text in _EOS)
@@ -298,6 +302,7 @@ def build_sim_engine(
         max_queue=max_queue,
         enable_prefix_cache=enable_prefix_cache,
         num_draft_tokens=sim.num_draft_tokens,
+        adapters=adapters,
     )
     runner = SimRunner(sim, tokenizer, block_size=block_size, clock=clock, sleep=sleep)
     return Engine(config, runner, clock=clock), tokenizer

@@ -14,11 +14,15 @@ from freehold.types import SamplingParams, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request the runner has not seen: it keeps per-request sampling state from here to `StepInput.finished`."""
+    """A request the runner has not seen: it keeps per-request sampling state from here to `StepInput.finished`.
+
+    adapter: the name of the adapter that computes it; None: the model as it is.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

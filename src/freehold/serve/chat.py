@@ -46,7 +46,8 @@ def routes(state: ServerState) -> list[Route]:
         decoded = decode(body.value, ChatRequest, "chat")
         ask = decoded.value
         model = state.resolve_model(ask.model)
-        turn = replace(to_turn(ask, state), cache_salt=state.cache_salt(request, ask.cache_salt))
+        salt = state.cache_salt(request, ask.cache_salt)
+        turn = replace(to_turn(ask, state), cache_salt=salt, adapter=state.adapter(model))
         # Compiling a grammar takes as long as it takes, however short the request.
         weight = body.size if turn.response_format is None and turn.tool_choice in ("auto", "none") else inf
         prepared = await in_thread_if_large(weight, state.chat.prepare, turn)

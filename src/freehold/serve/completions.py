@@ -123,6 +123,7 @@ def _submit(
         stop=ask.stop_strings(),
         include_stop=bool(ask.include_stop_str_in_output),
         cache_salt=cache_salt,
+        adapter=state.adapter(job.asked.model),
         seed_offset=choice,
     )
 

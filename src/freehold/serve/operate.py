@@ -32,7 +32,7 @@ def routes(state: ServerState) -> list[Route]:
     """The routes of this module."""
 
     async def list_models(request: Request) -> Response:
-        return json_response(request, ModelList(data=[_model(name) for name in state.model_names]))
+        return json_response(request, ModelList(data=[_model(name) for name in (*state.model_names, *state.adapters)]))
 
     async def get_model(request: Request) -> Response:
         return json_response(request, _model(state.resolve_model(request.path_params["model"])))
@@ -43,6 +43,7 @@ def routes(state: ServerState) -> list[Route]:
             created=state.started,
             max_model_len=state.engine.config.max_model_len,
             root=state.model_name,
+            parent=None if state.adapter(name) is None else state.model_name,
         )
 
     async def health(request: Request) -> Response:

@@ -417,7 +417,7 @@ class Model(Struct, frozen=True, kw_only=True):
     owned_by: str = "freehold"
     max_model_len: int
     root: str
-    parent: None = None
+    parent: str | None = None
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

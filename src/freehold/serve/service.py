@@ -90,7 +90,9 @@ class ChatService:
             min_tokens=prepared.params.min_tokens,
         )
         params = _with_seed(prepared.params, seed_offset)
-        source = self.engine.submit(request_id, prepared.prompt_token_ids, params, cache_salt=turn.cache_salt)
+        source = self.engine.submit(
+            request_id, prepared.prompt_token_ids, params, cache_salt=turn.cache_salt, adapter=turn.adapter
+        )
         return EventGenerator(source, reader)
 
 
@@ -112,6 +114,7 @@ class CompletionService:
         include_stop: bool = False,
         echo: bool = False,
         cache_salt: str | None = None,
+        adapter: str | None = None,
         seed_offset: int = 0,
     ) -> AsyncGenerator[TextEvent, None]:
         """Complete a prompt. Submits here and now, as ChatService.run does.
@@ -129,7 +132,8 @@ class CompletionService:
             include_stop=include_stop,
             min_tokens=params.min_tokens,
         )
-        source = self.engine.submit(request_id, prompt_ids, _with_seed(params, seed_offset), cache_salt=cache_salt)
+        params = _with_seed(params, seed_offset)
+        source = self.engine.submit(request_id, prompt_ids, params, cache_salt=cache_salt, adapter=adapter)
         return EventGenerator(source, reader)
 
 

@@ -1,4 +1,4 @@
-"""What the HTTP layer knows about the one model it serves. Built once at start; routes only read it."""
+"""What the HTTP layer knows about the one model it serves, and its adapters. Built once; routes only read it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from freehold.errors import ConfigError, NotFound
+from freehold.errors import ConfigError, InvalidRequest, NotFound
 from freehold.serve.access import cache_salt
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 class ServerState:
     """What `app.build_app` and every `routes(state)` take.
 
-    model_names: the name to report first, then aliases; any of them is accepted as `model`.
+    model_names: the name to report first, then aliases; any of them is accepted as `model`, and so is the name of an
+        adapter of the engine.
     api_keys: empty means that no key is asked for (then the server must be bound to loopback).
     salt_per_key: each API key has its own part of the prefix cache, whatever `cache_salt` its requests give.
     loopback: bound to a loopback address; together with no keys it turns on the check of the Host header.
@@ -79,6 +80,16 @@ class ServerState:
     def engine(self) -> AsyncEngine:
         return self.chat.engine
 
+    def __post_init__(self) -> None:
+        for name in self.adapters:
+            if name in self.model_names:
+                raise InvalidRequest(f"--lora {name}: the model has this name; give the adapter another", param="lora")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of those that requests may choose."""
+        return self.engine.config.adapters
+
     @property
     def model_name(self) -> str:
         return self.model_names[0]
@@ -91,7 +102,11 @@ class ServerState:
         """The name to answer with: the one that was asked for, or ours when none was. Raises NotFound."""
         if name is None:
             return self.model_name
-        if name not in self.model_names:
-            served = ", ".join(self.model_names)
+        if name not in self.model_names and name not in self.adapters:
+            served = ", ".join((*self.model_names, *self.adapters))
             raise NotFound(f"model {name!r} is not served here; this server has: {served}", param="model")
         return name
+
+    def adapter(self, name: str) -> str | None:
+        """The adapter that answers to a resolved name; None: the model as it is."""
+        return name if name in self.adapters else None

@@ -24,6 +24,7 @@ class Turn:
     response_format: None, `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {...}}`.
     effort: the request's reasoning effort as given, or None (unset).
     template_kwargs: `chat_template_kwargs` (enable_thinking, clear_thinking, reasoning_effort, ...).
+    adapter: the name of the adapter that answers; None: the model as it is.
     stop: stop strings. params: sampling; `guide` is filled in by the service.
     max_tokens_given: False when the caller left max_tokens open (then: what the context has left).
     """
@@ -40,6 +41,7 @@ class Turn:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     cache_salt: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

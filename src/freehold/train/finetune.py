@@ -39,8 +39,8 @@ from freehold.train import publish
 from freehold.train.batches import Batch, Batches, Documents
 from freehold.train.corpus import Corpus, corpus_of
 from freehold.train.data.example import Example
-from freehold.train.lora import Lora, LoraSettings, adapter_bytes
 from freehold.train.loop import Finished, Loop, LoopSettings, StepReport
+from freehold.train.lora import Lora, LoraSettings, adapter_bytes
 from freehold.train.measure import Measured, measure
 from freehold.train.merge import merge_adapter
 from freehold.train.objective import Losses, Objective, TrainingModel
@@ -174,9 +174,7 @@ def finetune(
         artefact = directory / ADAPTER_NAME
         with _merged(source, artefact, directory) if held_out else nullcontext(source) as merged:
             after = measured(merged, "after")
-    result = Finetuned(
-        artefact, settings.method, len(train), len(held_out), weights, finished, before, after
-    )
+    result = Finetuned(artefact, settings.method, len(train), len(held_out), weights, finished, before, after)
     write_json(directory / RESULTS_NAME, {"settings": asdict(settings), **result.as_dict()})
     return result
 
@@ -209,9 +207,7 @@ def _train(
     """(weights trained, how it went); leaves the adapter or the checkpoint in the directory."""
     model = Glm(config, dtype=torch.float32)
     index = load_weights(model, source)
-    objective = Objective(
-        mtp_weight=_MTP_WEIGHT if config.has_mtp else 0.0, indexer="sparse", balance_rate=0.0
-    )
+    objective = Objective(mtp_weight=_MTP_WEIGHT if config.has_mtp else 0.0, indexer="sparse", balance_rate=0.0)
     training = TrainingModel(model, objective)
     learner: TrainingModel | _Adapting = training
     parameters: dict[str, nn.Parameter]
@@ -266,7 +262,11 @@ def _batches(corpus: Corpus, settings: FinetuneSettings) -> Batches:
         lengths.append(2 * lengths[-1])
     documents = Documents(corpus.ids, corpus.trained, corpus.starts)
     return Batches(
-        documents, lengths=lengths, tokens=max(settings.batch_tokens, lengths[-1]), seed=settings.seed, prompt_weight=0.0
+        documents,
+        lengths=lengths,
+        tokens=max(settings.batch_tokens, lengths[-1]),
+        seed=settings.seed,
+        prompt_weight=0.0,
     )
 
 
@@ -283,7 +283,7 @@ def _check_memory(config: GlmConfig, settings: FinetuneSettings) -> None:
     if needed > available:
         raise InsufficientMemory(
             f"training needs {needed:,} bytes at least, and {available:,} are available"
-            + ("; method lora takes about a quarter" if settings.method == "full" else "")
+            + ("; method lora takes less" if settings.method == "full" else "")
         )
 
 

@@ -42,9 +42,7 @@ def read_chats(path: str | Path, template: ChatTemplate, *, kind: str = "chat") 
         raise InvalidRequest(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    found = [
-        _example(line, f"{path}:{number}", template, kind) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    found = [_example(line, f"{path}:{number}", template, kind) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InvalidRequest(f"{path}: has no chats; expected one JSON object a line")
     return found
@@ -112,7 +110,9 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
             _refuse(where, f"{at}.role: {role!r} is not one of {', '.join(_MESSAGE_KEYS)}")
         unknown = sorted(message.keys() - allowed)
         if unknown:
-            _refuse(where, f"{at}: {unknown[0]!r} has no meaning here; a message of {role} has {', '.join(sorted(allowed))}")
+            _refuse(
+                where, f"{at}: {unknown[0]!r} has no meaning here; a message of {role} has {', '.join(sorted(allowed))}"
+            )
     last = messages[-1]
     if last["role"] != "assistant":
         _refuse(where, f"the last message is of {last['role']}; it must be the assistant's, which is what is learnt")

@@ -10,7 +10,6 @@ experts are 2E and E of them; else one), O outputs and I inputs of each, r rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager

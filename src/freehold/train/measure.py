@@ -90,16 +90,16 @@ class _Run:
     def _losses(self, examples: Sequence[Example]) -> list[float]:
         """-log p of every token that an assistant says, all chats one after the other."""
         encoded = [encode(example, self._tokenizer, self._template) for example in examples]
-        found = self._run([one.ids for one in encoded], [SamplingParams(max_tokens=1, prompt_logprobs=0)] * len(encoded))
+        found = self._run(
+            [one.ids for one in encoded], [SamplingParams(max_tokens=1, prompt_logprobs=0)] * len(encoded)
+        )
         losses: list[float] = []
         for one, (_, logprobs) in zip(encoded, found, strict=True):
             losses += [-value for value, trained in zip(logprobs, one.trained, strict=True) if trained]
         return losses
 
     def _answers(self, examples: Sequence[Example]) -> list[str]:
-        prompts = [
-            self._template.render(example.prompt, example.tools, effort=example.effort) for example in examples
-        ]
+        prompts = [self._template.render(example.prompt, example.tools, effort=example.effort) for example in examples]
         ids = [list(prompt.encode(self._tokenizer)) for prompt in prompts]
         longest = self._engine.config.max_model_len
         wanted = [len(encode(example, self._tokenizer, self._template).ids) for example in examples]

@@ -102,7 +102,8 @@ async def _read(request: Request, state: ServerState, type_: type[R]) -> _Read[R
     decoded = decode(body.value, type_, "messages")
     model = state.resolve_model(decoded.value.model)
     translated = translate(decoded.value, state.sampling)
-    turn = replace(translated.turn, cache_salt=state.cache_salt(request, translated.turn.cache_salt))
+    salt = state.cache_salt(request, translated.turn.cache_salt)
+    turn = replace(translated.turn, cache_salt=salt, adapter=state.adapter(model))
     with MESSAGES.errors():
         prepared = await in_thread_if_large(body.size, state.chat.prepare, turn)
     warnings = (*decoded.warnings, *translated.warnings, *map(MESSAGES.say, prepared.warnings))

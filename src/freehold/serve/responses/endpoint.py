@@ -47,7 +47,8 @@ def routes(state: ServerState) -> list[Route]:
         ask = decoded.value
         model = state.resolve_model(ask.model)
         translated = translate(ask, state.sampling)
-        turn = replace(translated.turn, cache_salt=state.cache_salt(request, ask.cache_salt))
+        salt = state.cache_salt(request, ask.cache_salt)
+        turn = replace(translated.turn, cache_salt=salt, adapter=state.adapter(model))
         with RESPONSES.errors():
             prepared = await in_thread_if_large(body.size, state.chat.prepare, turn)
         warnings = (*decoded.warnings, *translated.warnings, *map(RESPONSES.say, prepared.warnings))
