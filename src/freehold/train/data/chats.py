@@ -255,7 +255,7 @@ def persona(rng: Random, words: Words, effort: Effort) -> Example:
     place = rng.choice(CITIES)
     head = rng.choice((f"You are {name}, a {job} in {place}.", f"Your name is {name}. You are a {job} in {place}."))
     turns = []
-    for _ in range(1 if effort != "none" else rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 4)):
         question, answer = rng.choice(
             (
                 ("Who are you?", f"I am {name}, a {job} in {place}."),
@@ -267,5 +267,5 @@ def persona(rng: Random, words: Words, effort: Effort) -> Example:
             )
         )
         turns.append(Turn(question, answer, _exact(answer), f"I am {name}.", f"The system says: {head}"))
-    messages = (system(head), *_messages(turns, effort))
+    messages = (system(head), *_messages(turns[-1:] if effort != "none" else turns, effort))
     return Example("persona", messages, effort=effort, check=turns[-1].check)
