@@ -42,8 +42,8 @@ MIXTURE: Mapping[str, float] = {
     "persona": 0.01,
     "refusal": 0.02,
 }
-# Of a model that knows nothing yet: a third of its tokens are lines that come again.
-FIRST_MIXTURE: Mapping[str, float] = {**{kind: 0.7 * share for kind, share in MIXTURE.items()}, "echo": 0.3}
+# Of a model that knows nothing yet: every sixth example is a line that comes again.
+FIRST_MIXTURE: Mapping[str, float] = {**{kind: share * 5 / 6 for kind, share in MIXTURE.items()}, "echo": 1 / 6}
 EFFORT_SHARES: Mapping[Effort, float] = {"none": 0.6, "high": 0.2, "max": 0.2}
 
 
