@@ -79,6 +79,15 @@ ExpertDir = Annotated[
     typer.Option(help="--expert-memory: where that file is.", show_default=".freehold in the checkpoint's"),
 ]
 
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=DIRECTORY of an adapter (PEFT's files) that requests choose by model name; repeat it for more. "
+        "With --sim: NAME.",
+        show_default=False,
+    ),
+]
+
 _FOR_MODEL = (
     "--cache-bytes, --expert-memory, --threads, --dtype, --index-cache, --latent-cache, --draft-tokens, --quantize "
     "and --verify"
@@ -101,6 +110,7 @@ def serve(
     index_cache: IndexCacheOption = Stored.AUTO,
     latent_cache: LatentCacheOption = Stored.AUTO,
     draft_tokens: DraftTokens = None,
+    lora: Lora = None,
     expert_memory: ExpertMemory = None,
     expert_dir: ExpertDir = None,
     verify: Verify = False,
@@ -135,7 +145,7 @@ def serve(
     names = _names(served_model_name)
     given: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_queue": max_queue}
     given |= {"max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len}
-    given["model_name"] = names[0] if names else None
+    given |= {"model_name": names[0] if names else None, "lora": parse_lora(lora or [], names, sim)}
     limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     sock, loopback = server.open_socket(host, port, has_keys=bool(keys))
     with sock:
@@ -226,7 +236,8 @@ def _sim_engine(
         num_draft_tokens=drafts,
         faults=tuple(parse_fault(text) for text in faults),
     )
-    return build_sim_engine(config, **limits)
+    adapters = tuple(name for name, _ in limits.pop("lora"))
+    return build_sim_engine(config, adapters=adapters, **limits)
 
 
 _UNITS = {"": 1, "B": 1} | {
@@ -245,6 +256,20 @@ def parse_bytes(text: str | None, option: str = "cache-bytes") -> int | None:
     if match is None or unit is None:
         raise InvalidRequest(f"--{option} {text!r}: give bytes, such as 4GiB or 500MB", param=option.replace("-", "_"))
     return int(float(match[1]) * unit)
+
+
+def parse_lora(given: list[str], model_names: Iterable[str], sim: bool) -> tuple[tuple[str, Path], ...]:
+    """(name, directory) of each adapter, with --sim of no meaning but the name. Raises InvalidRequest."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not name.strip() or bool(equals) == sim or bool(path) == sim:
+            wanted = "NAME: --sim has no weights to change" if sim else "NAME=DIRECTORY"
+            raise InvalidRequest(f"--lora {text!r}: give {wanted}", param="lora")
+        if name in found or name in model_names:
+            raise InvalidRequest(f"--lora {text!r}: {name} is another's name; each needs its own", param="lora")
+        found[name] = Path(path)
+    return tuple(found.items())
 
 
 def parse_fault(text: str) -> Fault:

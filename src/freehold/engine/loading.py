@@ -101,7 +101,7 @@ def build_engine(
     mark("config")
     tokenizer = Tokenizer.from_dir(directory)
     mark("tokenizer")
-    adapters = _read_adapters(config, options)
+    adapters = _read_adapters(config, _model_name(directory, options), options)
     model = load_model(directory, config, options, progress)
     mark("weights: mapped, packed")
     try:
@@ -180,11 +180,11 @@ def _fuse(model: Glm) -> None:
             model.mtp_few = FusedMtp(ops, config, model.mtp)
 
 
-def _read_adapters(config: GlmConfig, options: EngineOptions) -> dict[str, Adapter]:
+def _read_adapters(config: GlmConfig, model_name: str, options: EngineOptions) -> dict[str, Adapter]:
     """By name. Raises what `read_adapter` raises, and InvalidRequest for names that cannot be told apart."""
     found: dict[str, Adapter] = {}
     for name, path in options.lora:
-        if not name.strip() or name in found:
+        if not name.strip() or name in found or name == model_name:
             raise InvalidRequest(f"--lora {name}={path}: each adapter needs a name of its own", param="lora")
         found[name] = read_adapter(path, config)
     return found
@@ -263,7 +263,7 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, m
             "give it more with --cache-bytes"
         )
     return EngineConfig(
-        model_name=options.model_name or directory.resolve().name,
+        model_name=_model_name(directory, options),
         max_model_len=max_model_len,
         block_size=options.block_size,
         num_blocks=num_blocks,
@@ -277,6 +277,10 @@ def _engine_config(config: GlmConfig, directory: Path, options: EngineOptions, m
         num_draft_tokens=drafts,
         adapters=tuple(name for name, _ in options.lora),
     )
+
+
+def _model_name(directory: Path, options: EngineOptions) -> str:
+    return options.model_name or directory.resolve().name
 
 
 def _num_drafts(config: GlmConfig, options: EngineOptions, model: Glm) -> int:

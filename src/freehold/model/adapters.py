@@ -154,7 +154,8 @@ def _shown(value: Any) -> str:
 
 def _matrix(path: Path, name: str, spec: TensorSpec | None) -> TensorSpec:
     if spec is None or len(spec.shape) != 2 or spec.part == "embed":
-        raise CheckpointError(f"{path}: tensor {name!r} is for no matrix of this model")
+        stacked = "; of routed experts, give each its own factors" if ".mlp.experts." in name else ""
+        raise CheckpointError(f"{path}: tensor {name!r} is for no matrix of this model{stacked}")
     return spec
 
 

@@ -46,7 +46,7 @@ OnError = Literal["raise", "return"]
 
 _SIM_OPTIONS = frozenset(
     ("model_name", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_queue",
-     "enable_prefix_cache")
+     "enable_prefix_cache", "adapters")
 )  # fmt: skip
 _SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) | {
     "max_completion_tokens", "top_logprobs",
@@ -61,7 +61,8 @@ class LLM:
     model: a checkpoint directory, or "sim" for the simulated engine, which needs no torch and says canned things.
     profile: the built-in chat template to use where the checkpoint has none. sim: how "sim" behaves.
     progress: bars on stderr while weights load and while many prompts run; only ever on a terminal.
-    options: fields of `engine.loading.EngineOptions`, such as max_model_len, dtype, cache_bytes and threads.
+    lora: directories of adapters by name, for `adapter` of a call. options: fields of `engine.loading.EngineOptions`,
+    such as max_model_len, dtype, cache_bytes and threads.
 
     Sampling parameters that are not given come from the checkpoint's generation_config.json, as on a server.
     Raises ConfigError, CheckpointError, InsufficientMemory or MissingExtra with one line that says what to do.
@@ -74,9 +75,12 @@ class LLM:
         profile: str = "glm-5.2",
         sim: SimConfig | None = None,
         progress: bool = True,
+        lora: Mapping[str, str | Path] | None = None,
         **options: Any,
     ) -> None:
         self._progress = progress
+        if lora is not None:
+            options["lora"] = tuple((name, Path(directory)) for name, directory in lora.items())
         self._state = _open(model, profile, sim, options, progress)
         self._ids = itertools.count()
         self._loop = BackgroundLoop("freehold-llm")
@@ -116,15 +120,18 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stop: str | Sequence[str] = (),
+        adapter: str | None = None,
         on_error: OnError = "raise",
     ) -> list[Completion]:
         """Continue texts; results are in the order of the prompts, whatever order they finish in.
 
         prompts: a text, a list of texts, a list of token ids, or several of those. params: for all, or one for each
-        (default: the checkpoint's, and 16 tokens). stop: strings to stop before. on_error: what a failure
-        of one prompt while it runs does: "raise" ends all, "return" puts it in that result's `error`.
+        (default: the checkpoint's, and 16 tokens). stop: strings to stop before. adapter: the name of the one to use.
+        on_error: what a failure of one prompt while it runs does: "raise" ends all, "return" puts it in that result's
+        `error`.
 
-        All prompts are checked before any runs: InvalidRequest, ContextTooLong or InsufficientMemory come at once.
+        All prompts are checked before any runs: InvalidRequest, NotFound (no such adapter), ContextTooLong or
+        InsufficientMemory come at once.
         """
         prompt_ids = self._prompt_ids(prompts)
         if isinstance(params, SamplingParams) or params is None:
@@ -135,11 +142,13 @@ class LLM:
             raise InvalidRequest(f"there are {len(prompt_ids)} prompts and {len(every)} params", param="params")
         stops = _strings(stop)
         for ids, own in zip(prompt_ids, every, strict=True):
-            self._check(ids, own)
+            self._check(ids, own, adapter)
         jobs = list(zip(prompt_ids, every, strict=True))
 
         async def complete(job: tuple[tuple[int, ...], SamplingParams]) -> Completion:
-            source = self._state.completion.run(job[0], job[1], request_id=self._request_id(), stop=stops)
+            source = self._state.completion.run(
+                job[0], job[1], request_id=self._request_id(), stop=stops, adapter=adapter
+            )
             writer = CompletionWriter()
             async with aclosing(source):
                 async for event in source:
@@ -155,6 +164,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         on_error: OnError = "raise",
         **fields: Any,
     ) -> list[ChatResult]:
@@ -162,13 +172,14 @@ class LLM:
 
         messages and fields: as in the chat API (`tools`, `response_format`, `temperature`, `max_tokens`, ...); `effort`
         is short for `reasoning_effort`. What is not given is as on a server: the checkpoint's sampling, and as many
-        tokens as fit. params: all sampling parameters at once instead, max_tokens included.
+        tokens as fit. params: all sampling parameters at once instead, max_tokens included. adapter: the name of the
+        one to use.
 
         Raises as `generate`. What is not honoured, such as an effort the template does not know, is in `warnings`.
         """
         single = not messages or isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if single else list(messages)
-        turns = [self._prepare(conversation, params, fields) for conversation in conversations]
+        turns = [self._prepare(conversation, params, fields, adapter) for conversation in conversations]
 
         async def answer(prepared: PreparedTurn) -> ChatResult:
             source = self._state.chat.run(prepared, request_id=self._request_id())
@@ -181,14 +192,19 @@ class LLM:
         return self._map("answering", answer, turns, ChatResult.failed, on_error)
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        **fields: Any,
     ) -> ChatStream:
         """The events of one answer as they come: ReasoningDelta, ContentDelta, ToolCallStart, ..., TurnFinished.
 
         Arguments as of `chat`; what is wrong with them is raised here. Close the iterator, or leave its `with` block,
         to stop the answer.
         """
-        prepared = self._prepare(messages, params, fields)
+        prepared = self._prepare(messages, params, fields, adapter)
         return ChatStream(self._loop, self._stream(prepared), prepared)
 
     async def _stream(self, prepared: PreparedTurn) -> AsyncGenerator[Event, None]:
@@ -214,7 +230,9 @@ class LLM:
             raise InvalidRequest("a prompt must be a text or a list of token ids", param="prompts")
         return found
 
-    def _prepare(self, messages: Any, params: SamplingParams | None, fields: Mapping[str, Any]) -> PreparedTurn:
+    def _prepare(
+        self, messages: Any, params: SamplingParams | None, fields: Mapping[str, Any], adapter: str | None
+    ) -> PreparedTurn:
         """Through the same decoding as a request's body, so that the same is accepted and the same refused."""
         from freehold.serve.chat_turn import to_turn
         from freehold.serve.schema import ChatRequest
@@ -227,15 +245,15 @@ class LLM:
         for name in given.keys() & _HTTP_FIELDS:
             raise UnknownField(f"{name} is for requests over HTTP only", param=name)
         decoded = decode(copy.deepcopy({"messages": list(messages), **given}), ChatRequest, "chat")
-        turn = to_turn(decoded.value, self._state)
+        turn = dataclasses.replace(to_turn(decoded.value, self._state), adapter=adapter)
         if params is not None:
             turn = dataclasses.replace(turn, params=params, max_tokens_given=True)
         prepared = self._state.chat.prepare(turn)
         prepared = dataclasses.replace(prepared, warnings=decoded.warnings + prepared.warnings)
-        self._check(prepared.prompt_token_ids, prepared.params)
+        self._check(prepared.prompt_token_ids, prepared.params, adapter)
         return prepared
 
-    def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
         from freehold.serve.limits import validate_params
 
         engine = self._state.engine.engine
@@ -243,6 +261,7 @@ class LLM:
         if params.guide is not None and (guides := self._state.completion.guides) is not None:
             guides.validate(params.guide)
         engine.check_prompt(prompt_token_ids)
+        engine.check_adapter(adapter)
         engine.check(len(prompt_token_ids), params)
 
     def _request_id(self) -> str:

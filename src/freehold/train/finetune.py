@@ -14,9 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -42,7 +40,6 @@ from freehold.train.data.example import Example
 from freehold.train.loop import Finished, Loop, LoopSettings, StepReport
 from freehold.train.lora import Lora, LoraSettings, adapter_bytes
 from freehold.train.measure import Measured, measure
-from freehold.train.merge import merge_adapter
 from freehold.train.objective import Losses, Objective, TrainingModel
 from freehold.train.optim import Optim
 from freehold.train.schedule import Schedule
@@ -158,22 +155,24 @@ def finetune(
     _check_memory(config, settings)
     corpus = _corpus(train, tokenizer, template, settings)
 
-    def measured(checkpoint: Path, phase: Phase) -> Measured | None:
+    def measured(phase: Phase, checkpoint: Path, adapter: Path | None = None) -> Measured | None:
         if not held_out:
             return None
-        return measure(
-            checkpoint, held_out, options=options, progress=lambda done, total: reports.measuring(phase, done, total)
-        )
 
-    before = measured(source, "before")
+        def progress(done: int, total: int) -> None:
+            reports.measuring(phase, done, total)
+
+        return measure(checkpoint, held_out, adapter=adapter, options=options, progress=progress)
+
+    before = measured("before", source)
     weights, finished = _train(source, config, tokenizer, corpus, directory, settings, reports)
+    gc.collect()
     if settings.method == "full":
         artefact = directory / MODEL_NAME
-        after = measured(artefact, "after")
+        after = measured("after", artefact)
     else:
         artefact = directory / ADAPTER_NAME
-        with _merged(source, artefact, directory) if held_out else nullcontext(source) as merged:
-            after = measured(merged, "after")
+        after = measured("after", source, artefact)
     result = Finetuned(artefact, settings.method, len(train), len(held_out), weights, finished, before, after)
     write_json(directory / RESULTS_NAME, {"settings": asdict(settings), **result.as_dict()})
     return result
@@ -299,13 +298,3 @@ def _digest(corpus: Corpus) -> str:
     for array in (corpus.ids, corpus.trained, corpus.starts):
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
-
-
-@contextmanager
-def _merged(source: Path, adapter: Path, directory: Path) -> Iterator[Path]:
-    """The checkpoint with the adapter, while it is measured."""
-    gc.collect()
-    with tempfile.TemporaryDirectory(prefix="merged.", dir=directory) as work:
-        merged = Path(work) / "model"
-        merge_adapter(source, adapter, merged)
-        yield merged

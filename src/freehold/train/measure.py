@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from freehold.engine.engine import Engine
@@ -20,6 +20,7 @@ from freehold.types import SamplingParams
 
 _SPARE_TOKENS = 64  # an answer may be so much longer than the given one, and a half as long again, before it is cut
 _AT_ONCE = 64  # requests in the engine
+_ADAPTER = "adapter measured"  # its name in the engine
 Progress = Callable[[int, int], None]
 """Called with (chats done, chats in all)."""
 
@@ -48,10 +49,11 @@ def measure(
     directory: str | Path,
     examples: Sequence[Example],
     *,
+    adapter: str | Path | None = None,
     options: EngineOptions | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Load the checkpoint, run every chat through it, and give its memory back.
+    """Load the checkpoint, and an adapter of it if one is given, run every chat through it, and give its memory back.
 
     The loss is over all that the assistant says in a chat, given all before it; the answer is generated greedily from
     what a server would be sent, the chat without its last message. Raises what `build_engine` raises, InvalidRequest
@@ -59,10 +61,13 @@ def measure(
     """
     if not examples:
         raise ValueError("there is nothing to measure")
+    options = options or EngineOptions()
+    if adapter is not None:
+        options = replace(options, lora=((_ADAPTER, Path(adapter)),))
     engine, tokenizer = build_engine(directory, options)
     try:
         template = ChatTemplate.from_dir(directory).for_tokenizer(tokenizer)
-        return _Run(engine, tokenizer, template).measure(examples, progress)
+        return _Run(engine, tokenizer, template, None if adapter is None else _ADAPTER).measure(examples, progress)
     finally:
         engine.close()
 
@@ -70,8 +75,8 @@ def measure(
 class _Run:
     """One engine, and the requests that measure."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        self._engine, self._tokenizer, self._template = engine, tokenizer, template
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, adapter: str | None) -> None:
+        self._engine, self._tokenizer, self._template, self._adapter = engine, tokenizer, template, adapter
 
     def measure(self, examples: Sequence[Example], progress: Progress | None) -> Measured:
         losses: list[float] = []
@@ -136,7 +141,7 @@ class _Run:
         found: dict[str, tuple[list[int], list[float]]] = {}
         for number, (ids, asked) in enumerate(zip(prompts, params, strict=True)):
             found[str(number)] = ([], [])
-            self._engine.add(Request(str(number), ids, asked))
+            self._engine.add(Request(str(number), ids, asked, adapter=self._adapter))
         while self._engine.has_work:
             for chunk in self._engine.step():
                 if chunk.error is not None:

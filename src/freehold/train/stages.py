@@ -141,7 +141,7 @@ def run_stage(
     training = TrainingModel(start.model, stage.objective)
     batches = batches_of(corpus, stage)
     loop = Loop(
-        training,
+        [training, *(training.replica() for _ in range(1, min(stage.accumulate, torch.get_num_threads())))],
         dict(training.parameters()),
         _tensors(start.model),
         batches,

@@ -7,7 +7,7 @@ A directory has all of it; each part that is complete is kept, so that after a k
     1-pretrain/ ...   the runs, as `loop` and `stages` keep them
     plot.png          the logs of all stages
     recipe.json       what it is made by; another recipe refuses to go on here
-    freehold-tiny/    the checkpoint, with the model card, the logs and the plot
+    freehold-tiny/    the checkpoint, with the logs, the plot, and a model card without measurements yet
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Protocol
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.checkpoint_files import Progress, write_text
 from freehold.model.tokenizer import Tokenizer
+from freehold.train.card import write_card
 from freehold.train.log import LOG_NAME
 from freehold.train.loop import Finished, StepReport
 from freehold.train.plot import plot
@@ -94,3 +95,4 @@ def _publish(recipe: Recipe, start: Start, runs: list[Path], out: Path) -> None:
     shutil.copyfile(out / "recipe.json", training / "recipe.json")
     for run in runs:
         write_text(training / f"{run.name}.csv", (run / LOG_NAME).read_text(encoding="utf-8"))
+    write_card(out / recipe.name)

@@ -46,7 +46,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     return Tokenizer(backend, vocab_size=vocab_size)
 
 
-def generated_texts(template: ChatTemplate, *, per_kind: int = 3000, seed: int = 0) -> Iterator[str]:
+def generated_texts(
+    template: ChatTemplate, *, per_kind: int = 3000, repeats: int = SYLLABLE_REPEATS, seed: int = 0
+) -> Iterator[str]:
     """What the tokenizer of the generated kinds is trained on: the texts between control tokens of examples.
 
     Made-up words are single syllables here, and every syllable comes in each of its forms: so the pieces of a made-up
@@ -55,7 +57,7 @@ def generated_texts(template: ChatTemplate, *, per_kind: int = 3000, seed: int =
     forms = [form for each in SYLLABLES for form in (each, each.capitalize(), each.upper())]
     spread = "\n".join(forms) + "\n " + " ".join(forms) + "\n"
     # So often that these merges come before those of English words, which would cut syllables elsewhere.
-    for _ in range(SYLLABLE_REPEATS // 100):
+    for _ in range(repeats // 100):
         yield spread * 100
     words = Words("train", short=True)
     for kind in KINDS:

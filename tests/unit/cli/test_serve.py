@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from freehold.cli.main import main
-from freehold.cli.serve import parse_bytes, parse_fault
+from freehold.cli.serve import parse_bytes, parse_fault, parse_lora
 from freehold.engine.sim import Fault
 from freehold.errors import InvalidRequest
 from freehold.model.tiny import make_tiny
@@ -57,6 +57,29 @@ def test_what_is_no_fault(text: str) -> None:
         parse_fault(text)
 
 
+def test_adapters() -> None:
+    assert parse_lora(["a=/x", "b=y=z"], (), sim=False) == (("a", Path("/x")), ("b", Path("y=z")))
+    assert [name for name, _ in parse_lora(["a", "b"], ("m",), sim=True)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sim", "says"),
+    [
+        (["a"], False, "give NAME=DIRECTORY"),
+        (["a="], False, "give NAME=DIRECTORY"),
+        (["=x"], False, "give NAME=DIRECTORY"),
+        ([""], False, "give NAME=DIRECTORY"),
+        (["a=x"], True, "give NAME: --sim has no weights"),
+        ([""], True, "give NAME: --sim has no weights"),
+        (["a=x", "a=y"], False, "a is another's name"),
+        (["m=x"], False, "m is another's name"),
+    ],
+)
+def test_what_is_no_adapter(given: list[str], sim: bool, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"--lora .*: {says}"):
+        parse_lora(given, ("m",), sim)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -72,6 +95,7 @@ def test_what_is_no_fault(text: str) -> None:
         (["--sim", "--host", "0.0.0.0"], "FREEHOLD_API_KEY"),
         (["--sim", "--api-key-file", "/nowhere"], "/nowhere"),
         (["--sim", "--port", "0", "--sim-fault", "boom"], "--sim-fault"),
+        (["--sim", "--port", "0", "--lora", "a=b"], "--sim has no weights"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(
@@ -94,6 +118,16 @@ def test_the_size_of_expert_memory_is_checked(tmp_path: Path, capsys: pytest.Cap
     assert "--expert-dir needs --expert-memory" in capsys.readouterr().err
     assert main(["serve", "--sim", "--expert-memory", "1GB"]) == 2
     assert "--sim has none" in capsys.readouterr().err
+
+
+def test_an_adapter_is_looked_at_before_weights_are_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny(tmp_path / "nano", "nano")
+    next((tmp_path / "nano").glob("*.safetensors")).write_bytes(b"not weights, and not read")
+    assert main(["serve", str(tmp_path / "nano"), "--port", "0", "--lora", f"a={tmp_path}"]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: {tmp_path}/adapter_config.json: no such file; expected an adapter's directory, as PEFT saves one"
+    )
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

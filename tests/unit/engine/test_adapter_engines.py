@@ -7,9 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from freehold import LLM
 from freehold.engine.block_manager import root_digest
 from freehold.engine.draft_policy import FixedDrafts
 from freehold.engine.engine import Engine, EngineConfig
@@ -198,6 +200,19 @@ def test_logprobs_and_scored_prompts_are_the_adapters_own(made: Path) -> None:
         assert scores(engine, arm) == scores(merged, None)
 
 
+def test_from_python(made: Path) -> None:
+    prompt, params = prompts(1)[0], SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
+
+    def answers(directory: Path, adapter: str | None, **options: Any) -> list[Any]:
+        with LLM(directory, dtype="float32", max_model_len=128, cache_bytes=1 << 22, threads=1, **options) as llm:
+            chat = llm.chat([{"role": "user", "content": "hi"}], adapter=adapter, max_tokens=8, temperature=0)
+            return [llm.generate(prompt, params, adapter=adapter)[0].text, chat[0].content, chat[0].reasoning]
+
+    found = answers(made / "base", "one", lora={"one": str(made / "one")})
+    assert found == answers(made / "one-merged", None)
+    assert found != answers(made / "base", None)
+
+
 def test_totals_by_adapter(made: Path) -> None:
     engine = serve(made, FP32)
     wanted = [("one", prompts(2)[0]), ("one", prompts(2)[1]), (None, prompts(1)[0])]
@@ -238,7 +253,7 @@ def test_names_must_tell_adapters_apart(made: Path) -> None:
 
     refused("--lora one=.*: each adapter needs a name of its own", ("one", made / "one"), ("one", made / "two"))
     refused("--lora  =.*: each adapter needs a name of its own", (" ", made / "one"))
-    refused("the model 'base' and its adapters", ("base", made / "one"), kind=ConfigError)
+    refused("--lora base=.*: each adapter needs a name of its own", ("base", made / "one"))
     refused("adapter_config.json: no such file", ("one", made / "base"), kind=CheckpointError)
     with pytest.raises(ConfigError, match="need names of their own"):
         EngineConfig(

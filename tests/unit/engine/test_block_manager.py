@@ -100,6 +100,12 @@ def test_salts_do_not_share() -> None:
     assert len({root_digest(salt) for salt in (None, "", "a", "b")}) == 4
 
 
+def test_adapters_do_not_share() -> None:
+    roots = {root_digest(salt, adapter) for salt in (None, "", "a", "b") for adapter in (None, "", "a", "b")}
+    assert len(roots) == 16
+    assert BlockTable("a", "b").root == root_digest("a", "b") != BlockTable("a").root
+
+
 def test_a_digest_depends_on_all_that_came_before() -> None:
     root = root_digest(None)
     assert block_digest(root, [1, 2]) == block_digest(root, (1, 2))

@@ -17,7 +17,7 @@ import pytest
 
 from freehold import LLM, SamplingParams
 from freehold.engine.sim import SimConfig
-from freehold.errors import ConfigError, ContextTooLong, EngineError, InvalidRequest, UnknownField
+from freehold.errors import ConfigError, ContextTooLong, EngineError, InvalidRequest, NotFound, UnknownField
 from freehold.serve.turn import ContentDelta, ReasoningDelta, TurnFinished
 from freehold.types import Guide
 
@@ -70,6 +70,27 @@ def test_logprobs_come_with_their_text(llm: LLM) -> None:
     assert result.prompt_scored is not None
     assert result.prompt_scored[0] is None
     assert len(result.prompt_scored) == result.usage.prompt_tokens
+
+
+def test_an_adapter_is_chosen_by_name() -> None:
+    with LLM("sim", adapters=("one", "two")) as llm:
+        prompt, params = list(range(300)), SamplingParams(max_tokens=2)
+        for adapter in (None, "one", "two"):  # each has a prefix cache of its own
+            (first,), (again,) = (llm.generate(prompt, params, adapter=adapter) for _ in range(2))
+            assert (first.usage.cached_tokens, again.usage.cached_tokens) == (0, 256)
+        long = [{"role": "user", "content": "x " * 400}]
+        for adapter in (None, "one"):
+            cached = [llm.chat(long, adapter=adapter, max_tokens=2)[0].usage.cached_tokens for _ in range(2)]
+            assert cached[0] == 0 < cached[1]
+        assert [type(event) for event in llm.stream_chat(HELLO, adapter="two")][-1] is TurnFinished
+        for ask in (llm.generate, llm.chat, llm.stream_chat):
+            with pytest.raises(NotFound, match="adapter 'three' is not loaded; loaded are: one, two"):
+                ask(HELLO if ask != llm.generate else "x", adapter="three")  # type: ignore[operator]
+
+
+def test_the_simulator_has_no_adapters_to_load() -> None:
+    with pytest.raises(UnknownField, match=r"LLM\(\"sim\"\) has no option 'lora'"):
+        LLM("sim", lora={"one": "somewhere"})
 
 
 def test_stop_strings_end_a_text(llm: LLM) -> None:

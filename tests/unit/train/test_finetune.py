@@ -25,6 +25,7 @@ from freehold.train.log import LOG_NAME
 from freehold.train.loop import StepReport
 from freehold.train.lora import TARGETS, LoraSettings
 from freehold.train.measure import measure
+from freehold.train.merge import merge_adapter
 
 OPTIONS = EngineOptions(dtype="float32", threads=1, max_model_len=512, cache_bytes=1 << 24)
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
@@ -63,12 +64,13 @@ def test_held_out_chats_become_likelier_and_the_report_is_of_what_was_written(
     facts = json.loads((tmp_path / "run" / "results.json").read_text())
     assert facts["after"]["loss"] == result.after.loss
     assert facts["settings"]["method"] == method
-    assert not list((tmp_path / "run").glob("merged.*"))
     if method == "full":
         assert inspect(result.artefact).problems == ()
     else:
         read = read_adapter(result.artefact, GlmConfig.from_file(nano))
         assert read.num_parameters == result.weights
+        merge_adapter(nano, result.artefact, tmp_path / "merged")
+        assert measure(tmp_path / "merged", HELD, options=OPTIONS) == result.after
 
 
 def test_lora_leaves_the_checkpoint_alone_and_full_training_leaves_correction_biases(
