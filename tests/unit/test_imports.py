@@ -68,6 +68,7 @@ TORCH = {
     "freehold.train.recipe",
     "freehold.train.saved",
     "freehold.train.stages",
+    "freehold.train.tiny",
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """What was said about the training itself; None where nothing was."""
 
     tokens: str | None
@@ -54,7 +54,7 @@ def pretrain(
     threads: options.Threads = None,
 ) -> None:
     """Train on text, with dense attention: from nothing, or further."""
-    asked = _Asked(
+    asked = Asked(
         tokens, optimizer, lr, schedule, batch_tokens, accumulate, longest, bf16, mtp_loss, seed, threads
     )  # fmt: skip
     if start is not None and (config is not None or tokenizer is not None):
@@ -83,7 +83,7 @@ def indexer(
     threads: options.Threads = None,
 ) -> None:
     """Teach the indexers of a trained model what its attention looks at."""
-    asked = _Asked(tokens, optimizer, lr, schedule, batch_tokens, accumulate, longest, bf16, None, seed, threads)
+    asked = Asked(tokens, optimizer, lr, schedule, batch_tokens, accumulate, longest, bf16, None, seed, threads)
     set_threads(threads)
     from freehold.train.stages import Source
 
@@ -107,7 +107,7 @@ def sft(
     threads: options.Threads = None,
 ) -> None:
     """Train on chats, with sparse attention, mostly on what the assistant says."""
-    asked = _Asked(
+    asked = Asked(
         tokens, optimizer, lr, schedule, batch_tokens, accumulate, longest, bf16, mtp_loss, seed, threads
     )  # fmt: skip
     set_threads(threads)
@@ -125,7 +125,7 @@ def count(text: str) -> int:
     return value
 
 
-def changed(name: StageName, asked: _Asked) -> Stage:
+def changed(name: StageName, asked: Asked) -> Stage:
     """The recipe's stage with what was asked for."""
     from freehold.train.recipe import stage
 
@@ -186,7 +186,7 @@ def _new(config: Path | None, tokenizer: Path | None, source: Source, seed: int)
     return from_nothing(raw, new_tokenizer(source, raw["vocab_size"]), seed)
 
 
-def _train(name: StageName, run: Path, start: Start, source: Source, asked: _Asked) -> None:
+def _train(name: StageName, run: Path, start: Start, source: Source, asked: Asked) -> None:
     from freehold.cli.progress import count_progress
     from freehold.cli.training_progress import training_progress
     from freehold.train.stages import run_stage

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import freehold
-from freehold.cli.main import COMMANDS, FIRST_STEPS, load_command, main
+from freehold.cli.main import COMMANDS, FIRST_STEPS, every_command, load_command, main, subcommands
 
 
 def test_bare_freehold_says_what_to_do_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,24 +46,43 @@ def test_help_lists_every_command_with_its_summary(capsys: pytest.CaptureFixture
         assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_commands_summary_is_the_first_line_of_its_docstring(name: str) -> None:
-    docstring = load_command(name).__doc__
+def summary(command: str) -> str:
+    name, _, within = command.partition(" ")
+    return subcommands(name)[within][1] if within else COMMANDS[name]
+
+
+@pytest.mark.parametrize("command", every_command())
+def test_a_commands_summary_is_the_first_line_of_its_docstring(command: str) -> None:
+    docstring = load_command(command).__doc__
     assert docstring is not None
-    assert docstring.strip().splitlines()[0] == COMMANDS[name]
+    assert docstring.strip().splitlines()[0] == summary(command)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_commands_help_imports_no_torch(name: str) -> None:
+@pytest.mark.parametrize("command", every_command())
+def test_a_commands_help_imports_no_torch(command: str) -> None:
     code = f"""
 import sys
 from freehold.cli.main import main
-code = main([{name!r}, "--help"])
+code = main([*{command.split()!r}, "--help"])
 sys.exit("torch" if "torch" in sys.modules else code)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert COMMANDS[name] in result.stdout
+    assert summary(command) in " ".join(result.stdout.split())
+
+
+def test_a_groups_help_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in ((["train", "--help"], 0), (["train"], 2)):
+        assert main(arguments) == code
+        printed = capsys.readouterr()
+        shown = " ".join((printed.out + printed.err).split())
+        for name, (_, line) in subcommands("train").items():
+            assert f"{name} {line}" in shown
+
+
+def test_an_unknown_command_of_a_group_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "pretain", "x"]) == 2
+    assert "Did you mean 'pretrain'?" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
