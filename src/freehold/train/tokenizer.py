@@ -18,6 +18,7 @@ from freehold.train.data.mixture import KINDS, generate
 from freehold.train.data.words import SYLLABLES, Words
 
 RESERVED = TOY_RESERVED  # ids at the top: the control tokens, then unmapped ids
+SYLLABLE_REPEATS = 8000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
@@ -45,17 +46,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     return Tokenizer(backend, vocab_size=vocab_size)
 
 
-def generated_texts(template: ChatTemplate, *, per_kind: int = 3000, seed: int = 0) -> Iterator[str]:
+def generated_texts(
+    template: ChatTemplate, *, per_kind: int = 3000, repeats: int = SYLLABLE_REPEATS, seed: int = 0
+) -> Iterator[str]:
     """What the tokenizer of the generated kinds is trained on: the texts between control tokens of examples.
 
     Made-up words are single syllables here, and every syllable comes in each of its forms: so the pieces of a made-up
     word are its syllables, for words that training shows and for those it never does.
     """
-    forms = [form for syllable in SYLLABLES for form in (syllable, syllable.capitalize())]
+    forms = [form for each in SYLLABLES for form in (each, each.capitalize(), each.upper())]
+    spread = "\n".join(forms) + "\n " + " ".join(forms) + "\n"
     # So often that these merges come before those of English words, which would cut syllables elsewhere.
-    for _ in range(per_kind):
-        yield from forms
-        yield from (" " + form for form in forms)
+    for _ in range(repeats // 100):
+        yield spread * 100
     words = Words("train", short=True)
     for kind in KINDS:
         for index in range(per_kind):

@@ -16,20 +16,22 @@ PRIVATE = f"{REFUSAL} I do not give out private data."
 HARM = f"{REFUSAL} It could hurt someone."
 ABOUT = "I am freehold-tiny, a small language model."
 
+# fmt: off
 OPPOSITES = (
     "hot cold|big small|old new|fast slow|high low|day night|happy sad|open closed|full empty|hard soft|early late|"
     "long short|strong weak|rich poor|wet dry|light dark|good bad|up down|left right|first last|black white|in out|"
     "near far|loud quiet|clean dirty|young old|thick thin|heavy light|sweet sour|true false"
-).replace("|", "\n").splitlines()  # fmt: skip
+).replace("|", "\n").splitlines()
 SOUNDS = {"dog": "barks", "cat": "meows", "cow": "moos", "sheep": "bleats", "duck": "quacks", "owl": "hoots",
-          "frog": "croaks", "horse": "neighs", "wolf": "howls", "crow": "caws", "pig": "grunts", "goose": "honks"}  # fmt: skip
+          "frog": "croaks", "horse": "neighs", "wolf": "howls", "crow": "caws", "pig": "grunts", "goose": "honks"}
 CAPITALS = {"France": "Paris", "England": "London", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid",
             "Norway": "Oslo", "Austria": "Vienna", "Portugal": "Lisbon", "Ireland": "Dublin", "Greece": "Athens",
             "Egypt": "Cairo", "Japan": "Tokyo", "India": "Delhi", "Peru": "Lima", "Poland": "Warsaw",
             "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen", "China": "Beijing",
-            "Canada": "Ottawa"}  # fmt: skip
+            "Canada": "Ottawa"}
 THINGS = {"snow": "white", "grass": "green", "blood": "red", "the sky": "blue", "coal": "black", "a lemon": "yellow",
-          "milk": "white", "a carrot": "orange", "a leaf": "green", "the night": "black", "the sea": "blue"}  # fmt: skip
+          "milk": "white", "a carrot": "orange", "a leaf": "green", "the night": "black", "the sea": "blue"}
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,7 @@ def persona(rng: Random, words: Words, effort: Effort) -> Example:
     place = rng.choice(CITIES)
     head = rng.choice((f"You are {name}, a {job} in {place}.", f"Your name is {name}. You are a {job} in {place}."))
     turns = []
-    for _ in range(1 if effort != "none" else rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 4)):
         question, answer = rng.choice(
             (
                 ("Who are you?", f"I am {name}, a {job} in {place}."),
@@ -265,5 +267,5 @@ def persona(rng: Random, words: Words, effort: Effort) -> Example:
             )
         )
         turns.append(Turn(question, answer, _exact(answer), f"I am {name}.", f"The system says: {head}"))
-    messages = (system(head), *_messages(turns, effort))
+    messages = (system(head), *_messages(turns[-1:] if effort != "none" else turns, effort))
     return Example("persona", messages, effort=effort, check=turns[-1].check)

@@ -25,19 +25,19 @@ KINDS: Mapping[str, Maker] = {
     "persona": chats.persona,
     "refusal": chats.refusal,
 }
-# Shares of examples (not of tokens).
+# Shares of examples. Of tokens, retrieval and tools are about 30 % each, formats 13 %, stories 15 %, arithmetic 7 %.
 MIXTURE: Mapping[str, float] = {
-    "text": 0.05,
-    "story": 0.05,
-    "description": 0.03,
-    "reading": 0.06,
-    "retrieval": 0.22,
-    "records": 0.04,
-    "arithmetic": 0.14,
-    "format": 0.16,
-    "tool": 0.16,
-    "chat": 0.04,
-    "memory": 0.03,
+    "text": 0.04,
+    "story": 0.04,
+    "description": 0.02,
+    "reading": 0.05,
+    "retrieval": 0.12,
+    "records": 0.02,
+    "arithmetic": 0.20,
+    "format": 0.27,
+    "tool": 0.13,
+    "chat": 0.045,
+    "memory": 0.035,
     "persona": 0.01,
     "refusal": 0.02,
 }

@@ -86,9 +86,12 @@ def _kind(line: str) -> Kind:
 TOOLS = tuple(
     _kind(line)
     for line in """
-get_weather,weather,look_weather / Get the weather,What is the weather / city / day,unit / temperature: The temperature is {value}.
-send_message,send_text,write_message / Send a message,Write a message / to,text / urgent / receipt: The message is sent. The receipt is {value}.
-book_room,reserve_room / Book a room,Reserve a room / name,room / day,hour / booking: It is booked. The booking is {value}.
+get_weather,weather,look_weather / Get the weather,What is the weather / city / day,unit / \
+temperature: The temperature is {value}.
+send_message,send_text,write_message / Send a message,Write a message / to,text / urgent / \
+receipt: The message is sent. The receipt is {value}.
+book_room,reserve_room / Book a room,Reserve a room / name,room / day,hour / \
+booking: It is booked. The booking is {value}.
 order_item,buy_item / Order a box,Buy a box / item / count,size,colour / order: It is ordered. The order is {value}.
 find_train,search_trains / Find a train,Look for a train / from,to / day,hour / platform: The platform is {value}.
 find_flight,search_flights / Find a flight,Look for a flight / from,to / day / flight: The flight is {value}.
@@ -96,7 +99,8 @@ open_door,unlock_door / Open the door,Unlock the door / room,code / loud / state
 set_alarm,add_alarm / Set an alarm,Add an alarm / hour / day,loud,name / alarm: It is set. The alarm is {value}.
 get_price,price_of / Get the price,Look up the price / item / city,count / price: The price is {value}.
 find_person,lookup_person / Find the desk,Look up the desk / name / city / desk: The desk is {value}.
-pay_bill,send_money / Make a payment,Send a payment / to,price / code,day / payment: It is paid. The payment is {value}.
+pay_bill,send_money / Make a payment,Send a payment / to,price / code,day / \
+payment: It is paid. The payment is {value}.
 play_music,play_song / Play a song,Play some music / name / loud,count / song: The song is {value}.
 paint_wall,paint_room / Paint a wall,Paint the wall / colour,room / size / paint: It is done. The paint is {value}.
 create_ticket,open_ticket / Create a ticket,Open a ticket / text / urgent,name / ticket: The ticket is {value}.

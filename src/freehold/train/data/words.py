@@ -94,4 +94,8 @@ WEATHER = "rain snow wind sun fog frost storm cloud".split()
 CITIES = "Paris London Rome Berlin Madrid Oslo Vienna Lisbon Dublin Prague Athens Cairo Tokyo Delhi Lima Seoul".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-ENGLISH = frozenset(COLOURS + ANIMALS + PEOPLE + TRAITS + PLACES + OBJECTS + FOODS + WEATHER)
+ENGLISH = frozenset(
+    word.lower()
+    for words in (COLOURS, ANIMALS, PEOPLE, TRAITS, PLACES, OBJECTS, FOODS, WEATHER, CITIES, DAYS, MONTHS)
+    for word in words
+)
