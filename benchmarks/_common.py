@@ -47,7 +47,7 @@ class Report:
     samples: dict[str, Any] = field(default_factory=dict)
 
     def bar(self, name: str, value: float, op: str, limit: float) -> None:
-        self.bars.append(Bar(name, value, op, limit))
+        self.bars.append(Bar(name, float(value), op, limit))
         print(f"  {'pass' if self.bars[-1].passed else 'FAIL'}  {name}: {value:.6g} {op} {limit:g}")
 
     def missing(self, what: str) -> None:

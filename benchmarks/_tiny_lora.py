@@ -14,6 +14,7 @@ from freehold import LLM
 from freehold.stats import Interval, paired_difference
 from freehold.train.data.example import Example
 from freehold.train.data.mixture import KINDS
+from freehold.train.finetune import FinetuneSettings
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class Outcome:
         return asdict(self) | {"gained": self.gained.as_list(), "lost": self.lost.as_list()}
 
 
-def measure(checkpoint: Path, scratch: Path, prompts: int, threads: int | None = None) -> Outcome:
-    """Train and merge the adapter; `prompts` of the task, and as many of all kinds together, before and after."""
+def measure(
+    checkpoint: Path, scratch: Path, prompts: int, epochs: float | None = None, threads: int | None = None
+) -> Outcome:
+    """Train and merge the adapter; `prompts` of the task, and as many of all kinds together, before and after.
+
+    epochs: other than what suits a user.
+    """
     task, general = tickets("test", prompts), general_set(prompts)
     with open_model(checkpoint, threads=threads) as llm:
         before = _right(llm, task), _right(llm, general)
-    adapted = adapt(checkpoint, scratch)
+    adapted = adapt(checkpoint, scratch, settings=None if epochs is None else FinetuneSettings(epochs=epochs))
     with open_model(adapted.merged, threads=threads) as llm:
         after = _right(llm, task), _right(llm, general)
     return Outcome(adapted.seconds, TRAINED_ON, before[0], after[0], before[1], after[1])

@@ -151,7 +151,12 @@ def _print_result(result: Finetuned, model: Path, console: Console) -> None:
         f"chats, {finished.steps:,} steps, {finished.tokens:,} tokens, {finished.seconds:.0f} s"
     )
     if result.before is not None and result.after is not None:
-        table = Table(title=f"{result.held_out} held-out chats", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=f"{result.held_out} held-out chat{'s' if result.held_out > 1 else ''}",
+            title_justify="left",
+            box=None,
+            padding=(0, 2, 0, 0),
+        )
         table.add_column("")
         for heading in ("loss", "perplexity", "answers exactly as given"):
             table.add_column(heading, justify="right", no_wrap=True)
