@@ -103,7 +103,7 @@ class Batches:
                 many = max(1, self._tokens // length)
                 batches += [rows[i : i + many] for i in range(0, len(rows), many)]
                 shortest = length
-            random.shuffle(batches)  # type: ignore[arg-type]
+            random.shuffle(batches)
             self._epoch = (epoch, batches)
         return self._epoch[1]
 

@@ -28,8 +28,8 @@ class _HeadLoss(torch.autograd.Function):
         wanted = hidden_RH.requires_grad or weight_VH.requires_grad
         hidden_grad, weight_grad = torch.empty_like(hidden_RH), torch.zeros_like(weight_VH)
         total = torch.zeros((), dtype=torch.float64)
-        for rows in torch.arange(hidden_RH.shape[0]).split(_BLOCK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, hidden_RH.shape[0], _BLOCK):
+            part = slice(first, first + _BLOCK)
             hidden, target, share = hidden_RH[part].to(dtype), target_R[part, None], share_R[part]
             logits = F.linear(hidden, weight).to(sums)
             log_sum = logits.logsumexp(-1, keepdim=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from freehold.model.glm import Glm
-from freehold.model.mla import LatentAttention
+from freehold.model.layers import Linear
+from freehold.model.mla import HeadProjection, LatentAttention
 
 _WRITERS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 _SIZES = {"embed_tokens": 0.5, "lm_head.weight": 0.01}
@@ -57,20 +58,19 @@ def _sketch_copying(model: Glm, random: torch.Generator) -> None:
     write that where the output head, which begins as the same code of each token, turns it into the next token."""
     hidden = model.config.hidden_size
     first, second = (model.decoder_layers[i].self_attn for i in range(2))
-    half = min(first.rank // 2, first.nope, first.value_dim, first.q_a_proj.weight.shape[0] - 1)
+    half = min((hidden - 1) // 4, first.rank // 2, first.nope, first.value_dim, _plain(first.q_a_proj).shape[0] - 1)
     basis_HX = torch.linalg.qr(torch.randn(hidden - 1, 4 * half, generator=random))[0]
     seen, shown, taken, said = (torch.cat((torch.zeros(1, half), part)).T for part in basis_HX.split(half, dim=1))
     model.embed_tokens[:, 0] = _CONSTANT
     _look_back(model, first, {0: 1, 1: 2, 2: 1})
     _look_back(model, second, {0: 1})
     kv_b_NCV = _heads(first)
-    first.kv_a_proj_with_mqa.weight[:half] = seen
+    _plain(first.kv_a_proj_with_mqa)[:half] = seen
     kv_b_NCV[0, first.nope : first.nope + half] = torch.eye(half, first.rank)
     _columns(first)[:, 0, :half] = shown.T * _SHOWN
-    second.q_a_proj.weight[1 : 1 + half] = seen
-    second.kv_a_proj_with_mqa.weight[:half] = shown
-    second.kv_a_proj_with_mqa.weight[half : 2 * half] = taken
-    query_NCR = second.q_b_proj.weight.view(second.heads, second.nope + second.rope_dim, -1)
+    _plain(second.q_a_proj)[1 : 1 + half] = seen
+    _plain(second.kv_a_proj_with_mqa)[: 2 * half] = torch.cat((shown, taken))
+    query_NCR = _queries(second)
     kv_b_NCV = _heads(second)
     for head in range(1, second.heads):
         query_NCR[head] = 0.0
@@ -79,8 +79,7 @@ def _sketch_copying(model: Glm, random: torch.Generator) -> None:
         kv_b_NCV[head, :half, :half] = torch.eye(half) * _LIKENESS
         kv_b_NCV[head, second.nope : second.nope + half, half : 2 * half] = torch.eye(half)
         _columns(second)[:, head, :half] = said.T * _SAID
-    assert isinstance(model.lm_head.weight, Tensor)
-    model.lm_head.weight += _HEARD * (model.embed_tokens @ taken.T) @ said
+    _plain(model.lm_head)[:] += _HEARD * (model.embed_tokens @ taken.T) @ said
 
 
 def _look_back(model: Glm, attention: LatentAttention, offsets: dict[int, int]) -> None:
@@ -92,12 +91,13 @@ def _look_back(model: Glm, attention: LatentAttention, offsets: dict[int, int]) 
     """
     config = model.config
     normed = _CONSTANT / (_SIZES["embed_tokens"] ** 2 + _CONSTANT**2 / config.hidden_size) ** 0.5
-    key = attention.kv_a_proj_with_mqa.weight
+    key = _plain(attention.kv_a_proj_with_mqa)
     key[attention.rank :] *= 0.3
-    attention.q_a_proj.weight[0] = 0.0
-    attention.q_a_proj.weight[0, 0] = 2.0
+    query = _plain(attention.q_a_proj)
+    query[0] = 0.0
+    query[0, 0] = 2.0
     latent = 2.0 * normed / (1 + (2.0 * normed) ** 2 / config.q_lora_rank) ** 0.5  # of the query, normed
-    query_NCR = attention.q_b_proj.weight.view(attention.heads, attention.nope + attention.rope_dim, -1)
+    query_NCR = _queries(attention)
     speed = 1.0 / config.rope_theta ** (torch.arange(_ROTATIONS) * 2 / attention.rope_dim)
     query_NCR[:, attention.nope : attention.nope + 2 * _ROTATIONS] = 0.0
     for pair in range(_ROTATIONS):
@@ -111,15 +111,23 @@ def _look_back(model: Glm, attention: LatentAttention, offsets: dict[int, int]) 
         query_NCR[head, : attention.nope] *= 0.3
 
 
+def _plain(layer: Linear | HeadProjection) -> Tensor:
+    """The weight, which nothing has packed."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def _queries(attention: LatentAttention) -> Tensor:
+    """q_b as [N, nope + rope, R], a view."""
+    return _plain(attention.q_b_proj).view(attention.heads, attention.nope + attention.rope_dim, -1)
+
+
 def _heads(attention: LatentAttention) -> Tensor:
     """kv_b as [N, nope + value, V], a view."""
-    weight = attention.kv_b_proj.weight
-    assert isinstance(weight, Tensor)
-    return weight.view(attention.heads, -1, attention.rank)
+    return _plain(attention.kv_b_proj).view(attention.heads, -1, attention.rank)
 
 
 def _columns(attention: LatentAttention) -> Tensor:
     """o_proj as [H, N, value], a view."""
-    weight = attention.o_proj.weight
-    assert isinstance(weight, Tensor)
+    weight = _plain(attention.o_proj)
     return weight.view(weight.shape[0], attention.heads, -1)

@@ -217,7 +217,7 @@ class Loop(Generic[B]):
         wanted = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
 
         def work(place: int) -> list[tuple[Losses, tuple[Tensor | None, ...]]]:
-            done = []
+            done: list[tuple[Losses, tuple[Tensor | None, ...]]] = []
             for batch in batches[place :: len(self._learners)]:
                 losses = self._learners[place].losses(batch)
                 share = batch.tokens / max(tokens, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_the_language_loss_is_that_of_the_engine(documents: bool) -> None:
     made, one = model(), batch(documents=documents)
     found = TrainingModel(made, Objective(indexer="sparse")).losses(one).parts["language"]
     cuts = [0, 20, 40, LENGTH] if documents else [0, LENGTH]
-    texts = [row[a:b] for row in one.ids_BT.tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
+    texts = [row[a:b] for row in one.ids_BT.tolist() for a, b in pairwise(cuts)]
     expected = sum(inference_loss(made, ids) for ids in texts) / sum(len(ids) - 1 for ids in texts)
     assert found == pytest.approx(expected, rel=1e-5)
 
@@ -103,7 +104,9 @@ def test_the_indexers_loss_is_the_divergence_from_attention_and_moves_only_them(
     target = first.attended_BTS / first.attended_BTS.sum(-1, keepdim=True)
     rows = [torch.nn.functional.kl_div(log_q[b, t, : t + 1], target[b, t, : t + 1], reduction="sum")
             for b in range(2) for t in range(LENGTH)]  # fmt: skip
-    assert float(first.divergence(torch.ones(2, LENGTH)).detach()) == pytest.approx(float(torch.stack(rows).mean().detach()), rel=1e-4)
+    assert float(first.divergence(torch.ones(2, LENGTH)).detach()) == pytest.approx(
+        float(torch.stack(rows).mean().detach()), rel=1e-4
+    )
     training.losses(one).total.backward()  # type: ignore[no-untyped-call]
     moved = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
     assert moved
