@@ -52,6 +52,7 @@ from freehold.stats import Interval, mean_ratio, paired_difference, paired_ratio
 from freehold.train.corpus import CorpusSettings, build
 from freehold.train.data.mixture import KINDS
 from freehold.train.publish import read_config
+from freehold.train.recipe import tiny_recipe
 
 CHECKPOINT = ROOT / "models" / "freehold-tiny"
 QUICK_EPOCHS = 0.1  # of the adapter
@@ -73,7 +74,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(DOCUMENTS, 16_000_000, 400, 300, 200, 200, 48, 300, 7)
+FULL = Sizes(DOCUMENTS, sum(stage.tokens for stage in tiny_recipe().stages), 400, 300, 200, 200, 48, 300, 7)
 QUICK = Sizes(40, 200_000, 12, 8, 8, 6, 2, 8, 1)
 
 
