@@ -4,6 +4,7 @@
     python benchmarks/tiny_model.py --quick         # under a minute: few prompts, wide intervals, nothing kept
     python benchmarks/tiny_model.py --checkpoint DIR --only retrieval,thinking
 
+0. size       The checkpoint itself.
 1. held-out   Perplexity of held-out examples (other seeds, words that training never shows) beside a bigram, counted on
               the training corpus, and a dense model of as many active weights trained on as many tokens.
 2. tasks      Every kind that can be checked, greedy: context retrieval, tool calls value-exact, formats, ...
@@ -288,7 +289,21 @@ def adapter(run: Run) -> None:
     run.report.bar("lora: points lost on the general set", found.lost.value, "<=", 2)
 
 
+def size(run: Run) -> None:
+    """What it takes on the disk, and whether it is the architecture in full."""
+    config = run.config
+    weights = sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors"))
+    run.report.samples["size"] = {"bytes": weights}
+    run.report.bar("bytes of safetensors", weights, "<=", 12_000_000)
+    run.report.bar("layers", config.num_hidden_layers, ">=", 8)
+    run.report.bar("kinds of indexer, full and shared", len(set(config.indexer_types)), "==", 2)
+    run.report.bar("routed experts", config.n_routed_experts, ">=", 16)
+    run.report.bar("index_topk", config.index_topk, "<=", 128)
+    run.report.bar("MTP layers", config.num_nextn_predict_layers, "==", 1)
+
+
 SECTIONS: dict[str, Callable[[Run], None]] = {
+    "size": size,
     "held-out": held_out,
     "tasks": tasks,
     "retrieval": retrieval,
