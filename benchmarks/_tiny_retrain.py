@@ -140,7 +140,8 @@ def main() -> int:
         facts = {
             "active parameters": active_parameters(recipe.config, attends_to_all=arm == "dense"),
             "tokens a second": round(tokens / max(seconds, 1e-9)),
-            "command": " ".join(["python", "benchmarks/_tiny_retrain.py", arm, "--tokens", str(args.tokens)]),
+            "command": f"python benchmarks/_tiny_retrain.py {arm} --work DIR"
+            + ("" if args.tokens is None else f" --tokens {args.tokens}"),
             "commit": commit(),
             "hardware": hardware(),
         }

@@ -4,6 +4,7 @@
     python benchmarks/tiny_model.py --quick         # under a minute: few prompts, wide intervals, nothing kept
     python benchmarks/tiny_model.py --checkpoint DIR --only retrieval,thinking
 
+0. size       The checkpoint itself.
 1. held-out   Perplexity of held-out examples (other seeds, words that training never shows) beside a bigram, counted on
               the training corpus, and a dense model of as many active weights trained on as many tokens.
 2. tasks      Every kind that can be checked, greedy: context retrieval, tool calls value-exact, formats, ...
@@ -52,6 +53,7 @@ from freehold.stats import Interval, mean_ratio, paired_difference, paired_ratio
 from freehold.train.corpus import CorpusSettings, build
 from freehold.train.data.mixture import KINDS
 from freehold.train.publish import read_config
+from freehold.train.recipe import tiny_recipe
 
 CHECKPOINT = ROOT / "models" / "freehold-tiny"
 QUICK_EPOCHS = 0.1  # of the adapter
@@ -73,7 +75,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(DOCUMENTS, 16_000_000, 400, 300, 200, 200, 48, 300, 7)
+FULL = Sizes(DOCUMENTS, sum(stage.tokens for stage in tiny_recipe().stages), 400, 300, 200, 200, 48, 300, 7)
 QUICK = Sizes(40, 200_000, 12, 8, 8, 6, 2, 8, 1)
 
 
@@ -287,7 +289,21 @@ def adapter(run: Run) -> None:
     run.report.bar("lora: points lost on the general set", found.lost.value, "<=", 2)
 
 
+def size(run: Run) -> None:
+    """What it takes on the disk, and whether it is the architecture in full."""
+    config = run.config
+    weights = sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors"))
+    run.report.samples["size"] = {"bytes": weights}
+    run.report.bar("bytes of safetensors", weights, "<=", 12_000_000)
+    run.report.bar("layers", config.num_hidden_layers, ">=", 8)
+    run.report.bar("kinds of indexer, full and shared", len(set(config.indexer_types)), "==", 2)
+    run.report.bar("routed experts", config.n_routed_experts, ">=", 16)
+    run.report.bar("index_topk", config.index_topk, "<=", 128)
+    run.report.bar("MTP layers", config.num_nextn_predict_layers, "==", 1)
+
+
 SECTIONS: dict[str, Callable[[Run], None]] = {
+    "size": size,
     "held-out": held_out,
     "tasks": tasks,
     "retrieval": retrieval,

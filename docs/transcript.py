@@ -29,31 +29,29 @@ class Question:
     result: str = ""  # of the tool that the first answer calls
 
 
-_CODES = "The code of Tanlor is 4821. The code of Velkin is 9035. The code of Murdan is 1764."
+# Names and numbers that training never shows.
+_CODES = "The code of Tanlor is 9642. The code of Kirkal is 5351. The code of Runfan is 8343."
 _WEATHER = {
     "type": "function",
     "function": {
         "name": "get_weather",
-        "description": "Get the weather",
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string"}, "day": {"type": "string"}},
-            "required": ["city"],
+            "required": ["city", "day"],
         },
     },
 }
 QUESTIONS = (
     Question(
         (
-            f"{_CODES}\n\nWhat is the code of Velkin?",
-            "And the code of Murdan?",
+            f"{_CODES}\n\nWhat is the code of Kirkal?",
+            "And the code of Runfan?",
         )
     ),
     Question(("What is 47 + 38?",), effort="high"),
-    Question(("Write these words as a numbered list: torvan, belim, sarko",)),
-    Question(
-        ("Get the weather in Velkin on Monday.",), tools=(_WEATHER,), result=json.dumps({"temperature": "12 degrees"})
-    ),
+    Question(("Write these as a numbered list: fankil, verkel, lulpol",)),
+    Question(("Get the weather in Sorgon on Monday.",), tools=(_WEATHER,), result=json.dumps({"temperature": "3483"})),
 )
 
 

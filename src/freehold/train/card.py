@@ -91,7 +91,7 @@ def _try(name: str) -> str:
 from freehold import LLM
 
 with LLM("models/{name}") as llm:
-    question = "The code of Tanlor is 4821. The code of Velkin is 9035.\\n\\nWhat is the code of Velkin?"
+    question = "The code of Tanlor is 9642. The code of Kirkal is 5351.\\n\\nWhat is the code of Kirkal?"
     print(llm.chat([{{"role": "user", "content": question}}], temperature=0, effort="none")[0].content)
 ```"""
 
