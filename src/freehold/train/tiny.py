@@ -26,7 +26,7 @@ from freehold.train.card import write_card
 from freehold.train.log import LOG_NAME
 from freehold.train.loop import Finished, StepReport
 from freehold.train.plot import plot
-from freehold.train.publish import write
+from freehold.train.publish import drop_unused_tokens, write
 from freehold.train.recipe import Recipe
 from freehold.train.run_directory import begin, run_lock
 from freehold.train.stages import Source, Start, from_directory, from_nothing, run_stage
@@ -87,8 +87,12 @@ def _tokenizer(recipe: Recipe, directory: Path, shown: Shown) -> Tokenizer:
 
 
 def _publish(recipe: Recipe, start: Start, runs: list[Path], out: Path) -> None:
-    """The last run's weights as freehold-tiny: nothing in a checkpoint depends on when it was written."""
-    write(start.model, start.tokenizer, start.config, out / recipe.name, replace=True)
+    """The last run's weights as freehold-tiny, without the rows of tokens that there are not.
+
+    Nothing in a checkpoint depends on when it was written.
+    """
+    tokenizer, config = drop_unused_tokens(start.model, start.tokenizer, start.config)
+    write(start.model, tokenizer, config, out / recipe.name, replace=True)
     training = out / recipe.name / "training"
     training.mkdir()
     shutil.copyfile(out / "plot.png", training / "plot.png")
