@@ -1,0 +1,1 @@
+"""`freehold plan`: whether a model fits, on what, how fast, at what cost. Torch-free."""
