@@ -20,9 +20,13 @@ BASES: tuple[Basis, ...] = get_args(Basis)
 roofline: arithmetic with calibrated efficiencies."""
 Engine = Literal["vllm", "sglang", "freehold"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-WeightDtype = Literal["bf16", "fp8", "nvfp4", "w4a16"]
+WeightDtype = Literal["bf16", "fp8", "nvfp4", "w4a16", "w8a16"]
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
 """How a checkpoint stores its routed experts, which are nearly all of it; other parts may be stored otherwise."""
+Module = Literal[
+    "embed_tokens", "lm_head", "norm", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "indexer",
+    "gate", "experts", "shared_experts", "mlp", "eh_proj"
+]  # fmt: skip
 ComputeDtype = Literal["bf16", "fp8", "fp4"]
 
 
@@ -127,15 +131,13 @@ class Cluster:
 class Stored:
     """All tensors of one kind in one layer, weights and scales together.
 
-    layer: None outside layers; the MTP layer is config.num_hidden_layers. module: the last words of the tensor's name
-    that tell how engines cut it: "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "experts",
-    "shared_experts", "gate", "indexer", "norm", "embed_tokens", "lm_head", "mlp", "eh_proj".
+    layer: None outside layers; the MTP layer is config.num_hidden_layers. module: what tells how engines cut it.
     parameters: elements of the unquantised tensors. bytes: by stored dtype, as safetensors spells it.
     """
 
     layer: int | None
     part: Part
-    module: str
+    module: Module
     parameters: int
     bytes: Mapping[str, int] = field(hash=False)
 
@@ -160,6 +162,7 @@ class ModelSpec:
     licence: str | None
     licence_source: str
     source: Source
+    notes: tuple[str, ...] = ()
     bundled: bool = True
 
     @property
@@ -174,7 +177,13 @@ class ModelSpec:
     @property
     def compute(self) -> ComputeDtype:
         """The operand type of the routed experts' products: weight-only formats are computed in bf16."""
-        return {"bf16": "bf16", "fp8": "fp8", "nvfp4": "fp4", "w4a16": "bf16"}[self.dtype]  # type: ignore[return-value]
+        match self.dtype:
+            case "fp8":
+                return "fp8"
+            case "nvfp4":
+                return "fp4"
+            case _:
+                return "bf16"
 
 
 # ── how it is laid out ────────────────────────────────────────────────────────────────────────────────────────────────
