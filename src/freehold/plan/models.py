@@ -1,7 +1,7 @@
 """Models to plan for: a checkpoint directory, read by its headers, or a published one by name. Torch-free.
 
-    spec = load("glm-5.2-fp8")          # or a directory with config.json and safetensors files, or with config.json only
-    spec.total_bytes                    # 755,617,140,416
+    spec = load("glm-5.2-fp8")      # or a directory with config.json, and safetensors files if it has them
+    spec.total_bytes                # 755,617,140,416
 
 Sizes are counted, not estimated: from the headers where there are files, else from the architecture (`model/names`)
 and the storage scheme. `models.toml` lists the published ones.

@@ -83,7 +83,8 @@ class Gpu:
     link: bytes a second that one GPU can send to others within its scale-up domain (NVLink, Infinity Fabric; PCIe if
         there is neither), one direction. domain: GPUs in that domain. scale_out: the same between domains.
     node: GPUs in one machine with one operating system. power: watts of the GPU at full load.
-    rent: None if no price was found. capex: US dollars to buy one GPU with its share of the server, None if unknown.
+    rent: None if no price was found. capex: US dollars to buy one GPU, None if unknown; `system`: its share of server
+        and switches is in that price.
     owned: US dollars a GPU-hour that an analyst gives for owning one (capital, power, hosting), None if unknown.
     sources: field name -> where its figure is from.
     """
@@ -102,6 +103,7 @@ class Gpu:
     power: float
     rent: Rent | None = None
     capex: float | None = None
+    system: bool = False
     owned: float | None = None
     notes: tuple[str, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=lambda: MappingProxyType({}), hash=False)
