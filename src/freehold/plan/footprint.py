@@ -17,6 +17,7 @@ layers in engines that allocate so (`CacheFormat.all_layers`; SGLang before July
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -63,31 +64,45 @@ def rank_weights(model: ModelSpec, layout: Layout, engine: Engine, *, mtp: bool,
     return _stage(model, layout, engine, CacheFormat("bf16"), mtp, stage)[0]
 
 
-def fewest_gpus(model: ModelSpec, gpu: Gpu, engine: Engine, *, mtp: bool = False) -> int | None:
-    """The fewest GPUs of this kind on which a layout has room for weights and a cache; None if not even a thousand."""
+def fewest_gpus(model: ModelSpec, gpu: Gpu, engine: Engine, *, mtp: bool = False, context: int = 1) -> int | None:
+    """The fewest GPUs of this kind on which a layout has room for weights and a sequence of `context` tokens.
+
+    None if not even a thousand have.
+    """
     for gpus in replica_sizes(Cluster(gpu, _MOST)):
         for layout in layouts_of(model, gpu, gpus, engine):
-            if model.total_bytes / layout.gpus < gpu.memory and footprint(model, gpu, layout, engine, mtp=mtp).fits:
+            if model.total_bytes > layout.gpus * gpu.memory:
+                continue
+            if footprint(model, gpu, layout, engine, mtp=mtp).cache_tokens >= context:
                 return gpus
     return None
 
 
-def refuse(model: ModelSpec, cluster: Cluster, engine: Engine, *, mtp: bool = False) -> InsufficientMemory:
+def refuse(model: ModelSpec, cluster: Cluster, engine: Engine, *, context: int = 1) -> InsufficientMemory:
     """The error for a model that fits in no layout: what it needs, and what would fit instead."""
-    gpu, others = cluster.gpu, []
-    fewest = fewest_gpus(model, gpu, engine, mtp=mtp)
+    gpu = cluster.gpu
+    fewest = fewest_gpus(model, gpu, engine, context=context)
     needs = f"at least {fewest} of them" if fewest else f"more than {_MOST:,} of them"
-    for name in bundled():
-        other = load(name)
-        smaller = other.config == model.config and other.total_bytes < model.total_bytes
-        if smaller and support(engine, gpu, other).runs and (fewest_gpus(other, gpu, engine) or _MOST) <= cluster.gpus:
-            others.append(name)
+    others = [name for name in _smaller(model) if _fits_here(load(name), cluster, engine, context)]
+    with_context = "" if context == 1 else f" with room for a sequence of {context:,} tokens"
     instead = f"; {' and '.join(others)} would fit" if others else ""
     return InsufficientMemory(
         f"{model.name} has {_gb(model.total_bytes)} of weights and does not fit on {cluster.gpus} x {gpu.name} "
-        f"({_gb(gpu.memory * cluster.gpus)} in all): it needs {needs}{instead}",
+        f"({_gb(gpu.memory * cluster.gpus)} in all){with_context}: it needs {needs}{instead}",
         param="hardware",
     )
+
+
+def _smaller(model: ModelSpec) -> list[str]:
+    """Published builds of the same model in fewer bytes."""
+    stem = re.sub(r"-(fp8|nvfp4|w4a16)$", "", model.name)
+    same = [name for name in bundled() if re.sub(r"-(fp8|nvfp4|w4a16)$", "", name) == stem]
+    return [name for name in same if load(name).total_bytes < model.total_bytes]
+
+
+def _fits_here(model: ModelSpec, cluster: Cluster, engine: Engine, context: int) -> bool:
+    fewest = fewest_gpus(model, cluster.gpu, engine, context=context)
+    return support(engine, cluster.gpu, model).runs and fewest is not None and fewest <= cluster.gpus
 
 
 def _gb(nbytes: float) -> str:
