@@ -79,7 +79,7 @@ def test_two_even_halves_of_78_layers_would_begin_at_a_shared_layer() -> None:
     assert refusal(GLM, gpu("h200"), Layout(tp=8, pp=2, cuts=(0, 39)), "vllm") == (
         "a stage begins at a layer that shares the selection of the stage before"
     )
-    assert stage_cuts(load("glm-5-fp8"), 2) == (0, 40)  # every layer is full: only bytes decide
+    assert stage_cuts(load("glm-5-fp8"), 2) == (0, 41)  # every layer is full: only bytes decide
     assert stage_cuts(GLM, 22) is None
     assert pp_note(GLM, 22) == "22 stages need as many full indexer layers to begin at; the model has 21"
     assert pp_note(GLM, 2).startswith("stages of ")
