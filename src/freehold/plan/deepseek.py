@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from freehold.model.config import GlmConfig
+from freehold.model.config import GlmConfig, IndexerType, MlpType
 from freehold.plan.types import Stored
 
 _LAYERS, _DENSE = 61, 3
@@ -18,6 +18,9 @@ _LAYERS, _DENSE = 61, 3
 
 def deepseek_config() -> GlmConfig:
     """Every layer has an indexer of its own."""
+    full: IndexerType = "full"
+    dense: MlpType = "dense"
+    sparse: MlpType = "sparse"
     return GlmConfig(
         vocab_size=129280,
         hidden_size=7168,
@@ -47,8 +50,8 @@ def deepseek_config() -> GlmConfig:
         attention_bias=False,
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
-        indexer_types=("full",) * _LAYERS,
-        mlp_layer_types=("dense",) * _DENSE + ("sparse",) * (_LAYERS - _DENSE),
+        indexer_types=(full,) * _LAYERS,
+        mlp_layer_types=(dense,) * _DENSE + (sparse,) * (_LAYERS - _DENSE),
         eos_token_ids=(1,),
         num_nextn_predict_layers=1,
         index_share_for_mtp_iteration=False,

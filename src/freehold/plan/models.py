@@ -1,7 +1,7 @@
 """Models to plan for: a checkpoint directory, read by its headers, or a published one by name. Torch-free.
 
-    spec = load("glm-5.2-fp8")          # or a directory with config.json and safetensors files, or with config.json only
-    spec.total_bytes                    # 755,617,140,416
+    spec = load("glm-5.2-fp8")      # or a directory with config.json, and safetensors files if it has them
+    spec.total_bytes                # 755,617,140,416
 
 Sizes are counted, not estimated: from the headers where there are files, else from the architecture (`model/names`)
 and the storage scheme. `models.toml` lists the published ones.
@@ -28,7 +28,7 @@ from freehold.model.inspect import published_config
 from freehold.model.names import Part, TensorSpec, tensor_specs
 from freehold.model.storage_fp8 import scale_shape
 from freehold.plan.deepseek import deepseek_config, deepseek_extras
-from freehold.plan.types import ModelSpec, Module, Source, Stored, WeightDtype
+from freehold.plan.types import Family, ModelSpec, Module, Source, Stored, WeightDtype
 
 DEFAULT = "glm-5.2-fp8"
 _MIT = "MIT"
@@ -74,9 +74,11 @@ def load(name: str | Path) -> ModelSpec:
     path = Path(name)
     if path.is_dir() or path.is_file():
         return _from_directory(path if path.is_dir() else path.parent)
-    key = str(name).lower().removeprefix("zai-org/").removeprefix("nvidia/").removeprefix("deepseek-ai/")
-    key = key.removesuffix("-bf16")
-    if key not in _table()["models"]:
+    models, wanted = _table()["models"], str(name).lower()
+    # A repository by its full name first: GLM-5.3's without a suffix is its FP8 build.
+    key = next((key for key, entry in models.items() if entry.get("repo", "").lower() == wanted), wanted)
+    key = key.removeprefix("zai-org/").removesuffix("-bf16")
+    if key not in models:
         known = ", ".join(bundled())
         raise InvalidRequest(f"{name}: no such directory, and no published model; there are {known}", param="model")
     return _bundled(key)
@@ -93,8 +95,10 @@ def _bundled(name: str) -> ModelSpec:
         stored += deepseek_extras(config)
     notes = (entry["note"],) if "note" in entry else ()
     repo = entry.get("repo", name)
+    family: Family = "deepseek_v32" if entry["config"] == "deepseek-v3.2" else "glm_moe_dsa"
+    licence_source = f"the model card of {repo}"
     return ModelSpec(
-        name, repo, config, entry["dtype"], tuple(stored), _MIT, f"the model card of {repo}", source, notes
+        name, repo, config, entry["dtype"], tuple(stored), _MIT, licence_source, source, notes, family=family
     )
 
 

@@ -21,6 +21,7 @@ roofline: arithmetic with calibrated efficiencies."""
 Engine = Literal["vllm", "sglang", "freehold"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 WeightDtype = Literal["bf16", "fp8", "nvfp4", "w4a16", "w8a16"]
+Family = Literal["glm_moe_dsa", "deepseek_v32"]
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
 """How a checkpoint stores its routed experts, which are nearly all of it; other parts may be stored otherwise."""
 Module = Literal[
@@ -83,7 +84,8 @@ class Gpu:
     link: bytes a second that one GPU can send to others within its scale-up domain (NVLink, Infinity Fabric; PCIe if
         there is neither), one direction. domain: GPUs in that domain. scale_out: the same between domains.
     node: GPUs in one machine with one operating system. power: watts of the GPU at full load.
-    rent: None if no price was found. capex: US dollars to buy one GPU with its share of the server, None if unknown.
+    rent: None if no price was found. capex: US dollars to buy one GPU, None if unknown; `system`: its share of server
+        and switches is in that price.
     owned: US dollars a GPU-hour that an analyst gives for owning one (capital, power, hosting), None if unknown.
     sources: field name -> where its figure is from.
     """
@@ -94,7 +96,7 @@ class Gpu:
     arch: str
     memory: int
     bandwidth: float
-    flops: Mapping[ComputeDtype, float]
+    flops: Mapping[ComputeDtype, float] = field(hash=False)
     link: float
     domain: int
     scale_out: float
@@ -102,6 +104,7 @@ class Gpu:
     power: float
     rent: Rent | None = None
     capex: float | None = None
+    system: bool = False
     owned: float | None = None
     notes: tuple[str, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -164,6 +167,7 @@ class ModelSpec:
     source: Source
     notes: tuple[str, ...] = ()
     bundled: bool = True
+    family: Family = "glm_moe_dsa"
 
     @property
     def total_bytes(self) -> int:
