@@ -22,7 +22,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Text = Annotated[str, Meta(min_length=1)]
 
 
-class _Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel", kw_only=True):
+class _Closed(msgspec.Struct, forbid_unknown_fields=True, rename="camel", kw_only=True):
     """Every object here: unknown fields are errors."""
 
 
@@ -118,7 +118,7 @@ class PodSpec(_Closed):
 
 class PodTemplate(_Closed):
     spec: PodSpec
-    metadata: Metadata = Metadata()
+    metadata: Metadata = msgspec.field(default_factory=Metadata)
 
 
 class LeaderWorkerTemplate(_Closed):
@@ -138,7 +138,7 @@ class RollingUpdate(_Closed):
 
 class RolloutStrategy(_Closed):
     type: Literal["RollingUpdate"]
-    rolling_update_configuration: RollingUpdate = RollingUpdate()
+    rolling_update_configuration: RollingUpdate = msgspec.field(default_factory=RollingUpdate)
 
 
 class LeaderWorkerSetSpec(_Closed):
