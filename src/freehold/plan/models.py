@@ -28,7 +28,7 @@ from freehold.model.inspect import published_config
 from freehold.model.names import Part, TensorSpec, tensor_specs
 from freehold.model.storage_fp8 import scale_shape
 from freehold.plan.deepseek import deepseek_config, deepseek_extras
-from freehold.plan.types import ModelSpec, Module, Source, Stored, WeightDtype
+from freehold.plan.types import Family, ModelSpec, Module, Source, Stored, WeightDtype
 
 DEFAULT = "glm-5.2-fp8"
 _MIT = "MIT"
@@ -93,8 +93,10 @@ def _bundled(name: str) -> ModelSpec:
         stored += deepseek_extras(config)
     notes = (entry["note"],) if "note" in entry else ()
     repo = entry.get("repo", name)
+    family: Family = "deepseek_v32" if entry["config"] == "deepseek-v3.2" else "glm_moe_dsa"
+    licence_source = f"the model card of {repo}"
     return ModelSpec(
-        name, repo, config, entry["dtype"], tuple(stored), _MIT, f"the model card of {repo}", source, notes
+        name, repo, config, entry["dtype"], tuple(stored), _MIT, licence_source, source, notes, family=family
     )
 
 

@@ -21,6 +21,7 @@ roofline: arithmetic with calibrated efficiencies."""
 Engine = Literal["vllm", "sglang", "freehold"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 WeightDtype = Literal["bf16", "fp8", "nvfp4", "w4a16", "w8a16"]
+Family = Literal["glm_moe_dsa", "deepseek_v32"]
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
 """How a checkpoint stores its routed experts, which are nearly all of it; other parts may be stored otherwise."""
 Module = Literal[
@@ -95,7 +96,7 @@ class Gpu:
     arch: str
     memory: int
     bandwidth: float
-    flops: Mapping[ComputeDtype, float]
+    flops: Mapping[ComputeDtype, float] = field(hash=False)
     link: float
     domain: int
     scale_out: float
@@ -166,6 +167,7 @@ class ModelSpec:
     source: Source
     notes: tuple[str, ...] = ()
     bundled: bool = True
+    family: Family = "glm_moe_dsa"
 
     @property
     def total_bytes(self) -> int:

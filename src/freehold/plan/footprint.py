@@ -1,0 +1,175 @@
+"""Memory of a layout: weights and caches exactly, the rest as an estimate with its source. Torch-free.
+
+    footprint(load("glm-5.2-fp8"), gpu("h200"), Layout(tp=8), "sglang").max_context
+
+What each rank holds, as vLLM 0.32 and SGLang 0.5.23 do it:
+
+- cut over the TP ranks of an attention group: q_b_proj, kv_b_proj, o_proj, embedding and head by rows of the
+  vocabulary; dense MLPs and shared experts by width (shared experts whole on every rank where DP goes with EP).
+- cut over all ranks of a stage: routed experts.
+- whole on every rank: q_a_proj, kv_a_proj_with_mqa, the indexer, router, norms, the MTP layer's joint.
+- latent and index-key caches: whole on every TP rank, since latent attention has one key head; DP groups hold different
+  sequences, and decode context parallelism (DCP) deals the tokens of a sequence to ranks.
+
+The latent cache of a layer takes what `model/cache_layout` says; index keys exist on full layers only, and on all
+layers in engines that allocate so (`CacheFormat.all_layers`; SGLang before July 2026).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from freehold.errors import InsufficientMemory
+from freehold.model.names import Part
+from freehold.plan.layouts import engines, support
+from freehold.plan.types import CacheFormat, Cluster, Engine, Figure, Footprint, Gpu, Layout, ModelSpec, Module, Stored
+
+_OVER_TP: frozenset[Module] = frozenset({"q_b_proj", "kv_b_proj", "o_proj", "embed_tokens", "lm_head", "mlp"})
+_ABSORBED_BYTES = 2  # of an element of kv_b_proj in the BF16 copy that absorbed attention multiplies with
+
+
+def footprint(
+    model: ModelSpec,
+    gpu: Gpu,
+    layout: Layout,
+    engine: Engine,
+    *,
+    cache: CacheFormat | None = None,
+    mtp: bool = False,
+    fraction: float | None = None,
+) -> Footprint:
+    """Memory of one replica's fullest rank, and how many tokens its caches hold.
+
+    cache: the engine's preferred format on this GPU if None. mtp: the MTP layer is loaded and its caches are kept.
+    fraction: share of the GPU's memory for the engine, its usual one if None.
+    A layout that does not fit has `fits` False and cache_tokens 0; nothing is raised.
+    """
+    policy, known = engines()[engine], support(engine, gpu, model)
+    cache = known.cache if cache is None else cache
+    mtp = mtp and model.config.has_mtp
+    usable = int(gpu.memory * (known.fraction if fraction is None else fraction))
+    stages = [_stage(model, layout, engine, cache, mtp, stage) for stage in range(layout.pp)]
+    made = [_footprint(model, layout, policy.page, policy.overhead, cache, mtp, usable, *stage) for stage in stages]
+    # Every stage caches every sequence: the one with room for fewest tokens decides.
+    return min(made, key=lambda one: (one.cache_tokens, one.cache_room))
+
+
+def rank_weights(model: ModelSpec, layout: Layout, engine: Engine, *, mtp: bool, stage: int = 0) -> Mapping[Part, int]:
+    """Bytes of weights on a rank of a pipeline stage, by part; the MTP layer is the part "mtp"."""
+    return _stage(model, layout, engine, CacheFormat("bf16"), mtp, stage)[0]
+
+
+def need(model: ModelSpec, cluster: Cluster, engine: Engine, *, mtp: bool = False) -> str:
+    """What would fit, for people: the fewest GPUs of this kind whose memory holds weights and a cache."""
+    known, policy = support(engine, cluster.gpu, model), engines()[engine]
+    usable = cluster.gpu.memory * known.fraction - policy.overhead.value
+    weights = model.total_bytes - (0 if mtp else _mtp_bytes(model))
+    if usable <= 0:
+        return f"no number of {cluster.gpu.name}: one has no room beside the engine itself"
+    fewest = int(weights / usable) + 1
+    if fewest >= cluster.gpu.node:
+        fewest = -(-fewest // cluster.gpu.node) * cluster.gpu.node
+    return f"at least {fewest} {cluster.gpu.name} ({_gb(weights)} of weights, {_gb(usable)} usable on each)"
+
+
+def refuse(model: ModelSpec, cluster: Cluster, engine: Engine, *, mtp: bool = False) -> InsufficientMemory:
+    """The error for a model that fits in no layout."""
+    has = _gb(cluster.gpu.memory * cluster.gpus)
+    return InsufficientMemory(
+        f"{model.name} has {_gb(model.total_bytes)} of weights and does not fit on {cluster.gpus} x {cluster.gpu.name} "
+        f"({has} in all); it needs {need(model, cluster, engine, mtp=mtp)}, or weights of fewer bits",
+        param="hardware",
+    )
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB"
+
+
+def _mtp_bytes(model: ModelSpec) -> int:
+    return sum(entry.total for entry in model.stored if entry.layer == model.config.num_hidden_layers)
+
+
+def _stage(
+    model: ModelSpec, layout: Layout, engine: Engine, cache: CacheFormat, mtp: bool, stage: int
+) -> tuple[Mapping[Part, int], int, int, int]:
+    """Of a rank: weights by part; latent and index-key bytes a token; bytes of absorbed copies of kv_b_proj."""
+    config = model.config
+    first, last = layout.cuts[stage], stage == layout.pp - 1
+    end = layout.cuts[stage + 1] if not last else config.num_hidden_layers
+    held = set(range(first, end)) | ({config.num_hidden_layers} if mtp and last else set())
+    weights: Counter[Part] = Counter()
+    absorbed = 0
+    for entry in model.stored:
+        if not _on_stage(entry, held, stage == 0, last, mtp):
+            continue
+        part: Part = "mtp" if entry.layer == config.num_hidden_layers else entry.part
+        ways = _ways(entry.module, layout, engine)
+        weights[part] += -(-entry.total // ways)
+        if entry.module == "kv_b_proj":
+            absorbed += -(-entry.parameters * _ABSORBED_BYTES // ways)
+    latent = index = 0
+    for layer in held:
+        one_latent, one_index = cache.layer_bytes(config, layer)
+        latent, index = latent + one_latent, index + one_index
+    return MappingProxyType(dict(weights)), latent, index, absorbed
+
+
+def _on_stage(entry: Stored, held: set[int], first: bool, last: bool, mtp: bool) -> bool:
+    if entry.layer is not None:
+        return entry.layer in held
+    if entry.module == "embed_tokens":
+        return first or (last and mtp)  # the MTP layer embeds what it drafts from
+    return last
+
+
+def _ways(module: Module, layout: Layout, engine: Engine) -> int:
+    """Over how many ranks a module's matrices are cut."""
+    if module == "experts":
+        return layout.ranks
+    if module == "shared_experts":
+        return layout.tp if layout.dp == 1 else 1
+    if module == "lm_head" and engine == "sglang":
+        return layout.ranks
+    return layout.tp if module in _OVER_TP else 1
+
+
+def _footprint(
+    model: ModelSpec,
+    layout: Layout,
+    page: int,
+    overhead: Figure,
+    cache: CacheFormat,
+    mtp: bool,
+    usable: int,
+    weights: Mapping[Part, int],
+    latent: int,
+    index: int,
+    absorbed: int,
+) -> Footprint:
+    extra = 0 if model.family == "glm_moe_dsa" and model.dtype == "bf16" else absorbed
+    everything = Figure(
+        overhead.value + extra,
+        overhead.low,
+        overhead.high + extra,
+        overhead.basis,
+        overhead.source + ("" if not extra else f"; {_gb(extra)} is the BF16 copy of kv_b_proj that is absorbed"),
+    )
+    room = max(0, usable - sum(weights.values()) - round(everything.value))
+    # DCP deals latents to the ranks of a group; index keys stay whole, since each rank scores all of them.
+    per_token = latent / layout.dcp + index
+    tokens = int(room / per_token) // page * page if per_token else 0
+    return Footprint(
+        layout=layout,
+        cache=cache,
+        mtp=mtp,
+        weights=weights,
+        latent_per_token=-(-latent // layout.dcp),
+        index_per_token=index,
+        overhead=everything,
+        usable=usable,
+        cache_tokens=tokens,
+        max_context=min(tokens, model.config.max_position_embeddings),
+    )
