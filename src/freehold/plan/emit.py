@@ -201,8 +201,7 @@ def _sglang(deployment: Deployment, host: str) -> tuple[dict[str, str], list[str
         arguments += ["--quantization", "modelopt_fp4"]
     arguments += ["--context-length", str(deployment.max_context)]
     arguments += ["--max-running-requests", str(deployment.max_sequences)]
-    static = footprint.weight_bytes + footprint.cache_room
-    arguments += ["--mem-fraction-static", _fraction(static, gpu.memory)]
+    arguments += ["--mem-fraction-static", _fraction(footprint.usable, gpu.memory)]
     if deployment.drafts:
         arguments += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(deployment.drafts)]
         arguments += ["--speculative-eagle-topk", "1"]
@@ -220,7 +219,7 @@ _SGLANG_CACHE = {"bf16": "bf16", "fp8_ds_mla": "fp8_e4m3", "fp8": "fp8_e4m3", "n
 
 def _parsers(deployment: Deployment) -> tuple[str, str]:
     """Names of the reasoning and the tool parser."""
-    if deployment.model.name.startswith("deepseek"):
+    if deployment.model.family == "deepseek_v32":
         return ("deepseek_v3", "deepseek_v32") if deployment.engine == "vllm" else ("deepseek-v3", "deepseekv32")
     return "glm45", "glm47"
 
@@ -232,8 +231,7 @@ def _stages(deployment: Deployment) -> str:
 
 
 def _fraction(part: int, whole: int) -> str:
-    """Two digits, rounded down: a hundredth less is room, a hundredth more is memory that is not there."""
-    return f"{part * 100 // whole / 100:.2f}"
+    return f"{part / whole:.3f}".removesuffix("0")
 
 
 def _several_machines(deployment: Deployment, head: str, rank: str, *, worker: bool) -> list[str]:
