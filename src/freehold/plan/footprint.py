@@ -17,16 +17,19 @@ layers in engines that allocate so (`CacheFormat.all_layers`; SGLang before July
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from freehold.errors import InsufficientMemory
 from freehold.model.names import Part
-from freehold.plan.layouts import engines, support
+from freehold.plan.layouts import engines, layouts_of, replica_sizes, support
+from freehold.plan.models import bundled, load
 from freehold.plan.types import CacheFormat, Cluster, Engine, Figure, Footprint, Gpu, Layout, ModelSpec, Module, Stored
 
 _OVER_TP: frozenset[Module] = frozenset({"q_b_proj", "kv_b_proj", "o_proj", "embed_tokens", "lm_head", "mlp"})
+_MOST = 1024  # GPUs of one replica that are tried before giving up
 _ABSORBED_BYTES = 2  # of an element of kv_b_proj in the BF16 copy that absorbed attention multiplies with
 
 
@@ -61,35 +64,49 @@ def rank_weights(model: ModelSpec, layout: Layout, engine: Engine, *, mtp: bool,
     return _stage(model, layout, engine, CacheFormat("bf16"), mtp, stage)[0]
 
 
-def need(model: ModelSpec, cluster: Cluster, engine: Engine, *, mtp: bool = False) -> str:
-    """What would fit, for people: the fewest GPUs of this kind whose memory holds weights and a cache."""
-    known, policy = support(engine, cluster.gpu, model), engines()[engine]
-    usable = cluster.gpu.memory * known.fraction - policy.overhead.value
-    weights = model.total_bytes - (0 if mtp else _mtp_bytes(model))
-    if usable <= 0:
-        return f"no number of {cluster.gpu.name}: one has no room beside the engine itself"
-    fewest = int(weights / usable) + 1
-    if fewest >= cluster.gpu.node:
-        fewest = -(-fewest // cluster.gpu.node) * cluster.gpu.node
-    return f"at least {fewest} {cluster.gpu.name} ({_gb(weights)} of weights, {_gb(usable)} usable on each)"
+def fewest_gpus(model: ModelSpec, gpu: Gpu, engine: Engine, *, mtp: bool = False, context: int = 1) -> int | None:
+    """The fewest GPUs of this kind on which a layout has room for weights and a sequence of `context` tokens.
+
+    None if not even a thousand have.
+    """
+    for gpus in replica_sizes(Cluster(gpu, _MOST)):
+        for layout in layouts_of(model, gpu, gpus, engine):
+            if model.total_bytes > layout.gpus * gpu.memory:
+                continue
+            if footprint(model, gpu, layout, engine, mtp=mtp).cache_tokens >= context:
+                return gpus
+    return None
 
 
-def refuse(model: ModelSpec, cluster: Cluster, engine: Engine, *, mtp: bool = False) -> InsufficientMemory:
-    """The error for a model that fits in no layout."""
-    has = _gb(cluster.gpu.memory * cluster.gpus)
+def refuse(model: ModelSpec, cluster: Cluster, engine: Engine, *, context: int = 1) -> InsufficientMemory:
+    """The error for a model that fits in no layout: what it needs, and what would fit instead."""
+    gpu = cluster.gpu
+    fewest = fewest_gpus(model, gpu, engine, context=context)
+    needs = f"at least {fewest} of them" if fewest else f"more than {_MOST:,} of them"
+    others = [name for name in _smaller(model) if _fits_here(load(name), cluster, engine, context)]
+    with_context = "" if context == 1 else f" with room for a sequence of {context:,} tokens"
+    instead = f"; {' and '.join(others)} would fit" if others else ""
     return InsufficientMemory(
-        f"{model.name} has {_gb(model.total_bytes)} of weights and does not fit on {cluster.gpus} x {cluster.gpu.name} "
-        f"({has} in all); it needs {need(model, cluster, engine, mtp=mtp)}, or weights of fewer bits",
+        f"{model.name} has {_gb(model.total_bytes)} of weights and does not fit on {cluster.gpus} x {gpu.name} "
+        f"({_gb(gpu.memory * cluster.gpus)} in all){with_context}: it needs {needs}{instead}",
         param="hardware",
     )
 
 
+def _smaller(model: ModelSpec) -> list[str]:
+    """Published builds of the same model in fewer bytes."""
+    stem = re.sub(r"-(fp8|nvfp4|w4a16)$", "", model.name)
+    same = [name for name in bundled() if re.sub(r"-(fp8|nvfp4|w4a16)$", "", name) == stem]
+    return [name for name in same if load(name).total_bytes < model.total_bytes]
+
+
+def _fits_here(model: ModelSpec, cluster: Cluster, engine: Engine, context: int) -> bool:
+    fewest = fewest_gpus(model, cluster.gpu, engine, context=context)
+    return support(engine, cluster.gpu, model).runs and fewest is not None and fewest <= cluster.gpus
+
+
 def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:,.1f} GB"
-
-
-def _mtp_bytes(model: ModelSpec) -> int:
-    return sum(entry.total for entry in model.stored if entry.layer == model.config.num_hidden_layers)
 
 
 def _stage(

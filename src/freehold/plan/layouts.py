@@ -118,20 +118,25 @@ def layouts(model: ModelSpec, cluster: Cluster, engine: Engine, *, dcp: bool = F
     A replica that does not fill a node leaves room for others of its kind, so its GPUs must divide a node's. dcp adds
     decode context parallelism, which no released engine has for sparse attention.
     """
-    for gpus in _replica_sizes(cluster):
-        for tp in _divisors(gpus):
-            if refusal(model, cluster.gpu, Layout(tp=tp), engine) is not None:
+    for gpus in replica_sizes(cluster):
+        yield from layouts_of(model, cluster.gpu, gpus, engine, dcp=dcp)
+
+
+def layouts_of(model: ModelSpec, gpu: Gpu, gpus: int, engine: Engine, *, dcp: bool = False) -> Iterator[Layout]:
+    """Every allowed layout of one replica on exactly so many GPUs."""
+    for tp in _divisors(gpus):
+        if tp > gpu.domain or model.config.num_attention_heads % tp:
+            continue
+        for pp in _divisors(gpus // tp):
+            cuts = stage_cuts(model, pp)
+            if cuts is None:
                 continue
-            for pp in _divisors(gpus // tp):
-                cuts = stage_cuts(model, pp)
-                if cuts is None:
-                    continue
-                dp = gpus // tp // pp
-                for ep in _expert_groups(tp, dp):
-                    for shards in _divisors(tp) if dcp else [1]:
-                        layout = Layout(tp, dp, ep, pp, shards, cuts)
-                        if refusal(model, cluster.gpu, layout, engine) is None:
-                            yield layout
+            dp = gpus // tp // pp
+            for ep in _expert_groups(tp, dp):
+                for shards in _divisors(tp) if dcp else [1]:
+                    layout = Layout(tp, dp, ep, pp, shards, cuts)
+                    if refusal(model, gpu, layout, engine) is None:
+                        yield layout
 
 
 def refusal(model: ModelSpec, gpu: Gpu, layout: Layout, engine: Engine) -> str | None:
@@ -190,7 +195,7 @@ def stage_cuts(model: ModelSpec, stages: int) -> tuple[int, ...] | None:
         total.append(total[-1] + size)
     end = len(sizes)
     # best[i]: (bytes of the fullest stage, cuts) of what lies from full layer i on, in as many stages as so far.
-    best: dict[int, tuple[int, tuple[int, ...]]] = {i: (total[end] - at, (at,)) for i, at in enumerate(full)}
+    best: dict[int, tuple[int, tuple[int, ...]]] = {i: (total[end] - total[at], (at,)) for i, at in enumerate(full)}
     for _ in range(stages - 1):
         following, best = best, {}
         for i, start in enumerate(full):
@@ -221,7 +226,7 @@ def _kv_rows(model: ModelSpec) -> int:
     return config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
-def _replica_sizes(cluster: Cluster) -> list[int]:
+def replica_sizes(cluster: Cluster) -> list[int]:
     """GPUs of one replica: parts of a node that divide it, or whole nodes."""
     node, total = cluster.gpu.node, cluster.gpus
     if cluster.gpu.domain > node:  # one fabric spans nodes: any power of two
