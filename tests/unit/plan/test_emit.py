@@ -61,7 +61,12 @@ def test_sglang_counts_all_ranks_as_tp_and_groups_apart() -> None:
 
 @pytest.mark.parametrize(
     ("on", "engine", "kv"),
-    [("h200", "sglang", "bf16"), ("b200", "sglang", "fp8_e4m3"), ("b200", "vllm", "fp8_e4m3"), ("h200", "vllm", "fp8_ds_mla")],
+    [
+        ("h200", "sglang", "bf16"),
+        ("b200", "sglang", "fp8_e4m3"),
+        ("b200", "vllm", "fp8_e4m3"),
+        ("h200", "vllm", "fp8_ds_mla"),
+    ],
 )
 def test_the_cache_dtype_follows_engine_and_generation(on: str, engine: ServingEngine, kv: str) -> None:
     assert option(launch(deployment(engine, on=on)).commands[0], "--kv-cache-dtype") == kv
@@ -76,7 +81,9 @@ def test_amd_gets_its_backends() -> None:
 def test_nvfp4_is_named_to_sglang_only() -> None:
     command = launch(deployment("sglang", Layout(tp=4), model="glm-5.2-nvfp4", on="b200")).commands[0]
     assert option(command, "--quantization") == "modelopt_fp4"
-    assert "--quantization" not in launch(deployment("vllm", Layout(tp=4), model="glm-5.2-nvfp4", on="b200")).commands[0]
+    assert (
+        "--quantization" not in launch(deployment("vllm", Layout(tp=4), model="glm-5.2-nvfp4", on="b200")).commands[0]
+    )
 
 
 def test_deepseek_has_its_own_parsers() -> None:

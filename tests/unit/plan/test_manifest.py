@@ -19,7 +19,9 @@ from freehold.plan.models import load
 from freehold.plan.types import Layout
 
 
-def deployment(engine: ServingEngine = "vllm", layout: Layout | None = None, on: str = "h200", replicas: int = 2) -> Deployment:
+def deployment(
+    engine: ServingEngine = "vllm", layout: Layout | None = None, on: str = "h200", replicas: int = 2
+) -> Deployment:
     spec, hardware = load("glm-5.2-fp8"), gpu(on)
     room = footprint(spec, hardware, layout or Layout(tp=8), engine)
     return Deployment(spec, hardware, engine, room, 32_768, 16, replicas=replicas)
@@ -64,8 +66,12 @@ def test_yaml_says_the_same() -> None:
         assert list(yaml.safe_load_all(manifest_yaml(item))) == manifest(item)
 
 
+def pod_of(documents: list[dict[str, Any]]) -> Any:
+    return documents[0]["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]
+
+
 def container_of(documents: list[dict[str, Any]]) -> Any:
-    return documents[0]["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["containers"][0]
+    return pod_of(documents)["containers"][0]
 
 
 MUTATIONS: dict[str, Callable[[list[dict[str, Any]]], object]] = {
@@ -83,7 +89,7 @@ MUTATIONS: dict[str, Callable[[list[dict[str, Any]]], object]] = {
     "port 0": lambda d: container_of(d)["ports"][0].update(containerPort=0),
     "empty command": lambda d: container_of(d).update(command=[]),
     "probe without action": lambda d: container_of(d)["readinessProbe"].pop("httpGet"),
-    "volume without source": lambda d: d[0]["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["volumes"][0].pop("emptyDir"),
+    "volume without source": lambda d: pod_of(d)["volumes"][0].pop("emptyDir"),
     "bad environment name": lambda d: container_of(d).update(env=[{"name": "A-B", "value": "1"}]),
     "service of another set": lambda d: d[1]["spec"]["selector"].update({"leaderworkerset.sigs.k8s.io/name": "other"}),
     "other kind": lambda d: d[1].update(kind="Deployment"),
