@@ -14,7 +14,7 @@ from typing import Literal
 
 from freehold.errors import InvalidRequest
 from freehold.plan.prices import HOURS_A_MONTH, Api, Owning, Tokens, assumption_sources
-from freehold.plan.types import Cost, Figure, Gpu
+from freehold.plan.types import Basis, Cost, Figure, Gpu
 
 Tenure = Literal["rent", "own"]
 _HOURS_A_YEAR = 365.25 * 24
@@ -141,47 +141,78 @@ def gpu_hour(gpu: Gpu, tenure: Tenure, owning: Owning, *, price: float | None = 
 
 
 def cost_at(economics: Economics, weights: Weights, requests: float, task_output: float | None = None) -> Cost:
-    """Cost when `requests` a month are served. task_output: output tokens of a task; the prompt grows in proportion.
+    """Cost when `requests` a month are served, by as many replicas as that takes and the spares.
 
-    The hourly bill of all replicas and staff is divided over the tokens of each kind by the GPU time they take.
+    task_output: output tokens of a task; its prompt grows in proportion. The hourly bill of all replicas and staff is
+    divided over the tokens of each kind by the GPU time they take.
     """
     if requests <= 0:
         raise InvalidRequest("cost needs some requests")
-    replicas = economics.replicas(requests)
-    staff = economics.staff / HOURS_A_MONTH
-    hour = economics.hour
-    basis = hour.basis if hour.basis == economics.capacity.basis else "interpolated"
-
-    def figure(of: Sequence[float], source: str) -> Figure:
-        return Figure(of[0], min(of), max(of), basis, source)
-
+    capacity, hour, staff = economics.capacity, economics.hour, economics.staff / HOURS_A_MONTH
     # Capacity matters for how many replicas there are; its interval shows as more or fewer of them.
-    counts = [
-        replicas,
-        *(_replicas_at(economics, requests, end) for end in (economics.capacity.high, economics.capacity.low)),
+    bills = [
+        _replicas_at(economics, requests, served) * rate + staff
+        for served, rate in ((capacity.value, hour.value), (capacity.high, hour.low), (capacity.low, hour.high))
     ]
-    hours = [
-        counts[0] * hour.value + staff,
-        counts[1] * hour.low + staff,
-        counts[2] * hour.high + staff,
-    ]
-    per_request = [bill * HOURS_A_MONTH / requests for bill in hours]
+    per_request = [bill * HOURS_A_MONTH / requests for bill in bills]
+    source = f"{economics.replicas(requests)} replicas of {economics.gpus} GPUs, and staff"
+    return _divided(economics, weights, bills, per_request, source, task_output)
+
+
+def cost_of_fleet(economics: Economics, weights: Weights, replicas: int, task_output: float | None = None) -> Cost:
+    """Cost of `replicas` and the spares, when each of the former is used as far as `economics` says.
+
+    `economics.capacity` is what one serves in the peak hour, and `economics.utilisation` the mean over that.
+    """
+    hour, capacity, staff = economics.hour, economics.capacity, economics.staff / HOURS_A_MONTH
+    machines = replicas + economics.spare
+    bills = [machines * rate + staff for rate in (hour.value, hour.low, hour.high)]
+    served = [rate * replicas * economics.utilisation * 3600 for rate in (capacity.value, capacity.high, capacity.low)]
+    if min(served) <= 0:
+        raise InvalidRequest("cost needs some requests")
+    per_request = [bill / requests for bill, requests in zip(bills, served, strict=True)]
+    source = f"{machines} replicas of {economics.gpus} GPUs, and staff"
+    return _divided(economics, weights, bills, per_request, source, task_output)
+
+
+def _divided(
+    economics: Economics,
+    weights: Weights,
+    bills: Sequence[float],
+    per_request: Sequence[float],
+    source: str,
+    task_output: float | None,
+) -> Cost:
+    """bills, per_request: US dollars an hour and a request: as expected, at the good end, at the bad end."""
     unit = weights.of(economics.tokens)
 
+    def figure(of: Sequence[float], where: str, basis: Basis) -> Figure:
+        return Figure(of[0], min(of), max(of), basis, where)
+
+    basis = _weaker(economics.hour.basis, economics.capacity.basis)
+
     def per_mtok(weight: float) -> Figure:
-        return figure([cost * weight / unit * 1e6 for cost in per_request], "hourly bill by GPU time")
+        return figure([cost * weight / unit * 1e6 for cost in per_request], "hourly bill by GPU time", basis)
 
     task = None
     if task_output is not None:
+        if not (math.isfinite(task_output) and task_output > 0):
+            raise InvalidRequest(f"a task of {task_output} tokens: it needs some", param="task-tokens")
         factor = task_output / economics.tokens.output
-        task = figure([cost * factor for cost in per_request], f"{task_output:,.0f} output tokens a task")
+        task = figure([cost * factor for cost in per_request], f"{task_output:,.0f} output tokens a task", basis)
     return Cost(
-        per_hour=figure(hours, f"{replicas} replicas of {economics.gpus} GPUs, and staff"),
+        per_hour=figure(bills, source, economics.hour.basis),
         per_mtok_input=per_mtok(weights.uncached),
         per_mtok_cached=per_mtok(weights.cached),
         per_mtok_output=per_mtok(weights.output),
         per_task=task,
     )
+
+
+def _weaker(first: Basis, second: Basis) -> Basis:
+    """The basis of a product: that of the factor known least well."""
+    order: tuple[Basis, ...] = ("exact", "measured", "interpolated", "roofline")
+    return max(first, second, key=order.index)
 
 
 def _replicas_at(economics: Economics, requests: float, capacity: float) -> int:
