@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache as remember
 from types import MappingProxyType
 
 from freehold.errors import InsufficientMemory
@@ -109,34 +110,51 @@ def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:,.1f} GB"
 
 
+@remember
+def _sums(model: ModelSpec) -> Mapping[tuple[Part, Module], tuple[tuple[int, int], ...]]:
+    """By part and module: bytes and parameters of the layers before each layer, the MTP layer and beyond included."""
+    count = model.config.num_hidden_layers + 1
+    sizes: dict[tuple[Part, Module], list[tuple[int, int]]] = {}
+    for entry in model.stored:
+        if entry.layer is not None:
+            here = sizes.setdefault((entry.part, entry.module), [(0, 0)] * count)
+            nbytes, parameters = here[entry.layer]
+            here[entry.layer] = (nbytes + entry.total, parameters + entry.parameters)
+    summed: dict[tuple[Part, Module], tuple[tuple[int, int], ...]] = {}
+    for key, layers in sizes.items():
+        totals = [(0, 0)]
+        for nbytes, parameters in layers:
+            totals.append((totals[-1][0] + nbytes, totals[-1][1] + parameters))
+        summed[key] = tuple(totals)
+    return MappingProxyType(summed)
+
+
 def _stage(
     model: ModelSpec, layout: Layout, engine: Engine, cache: CacheFormat, mtp: bool, stage: int
 ) -> tuple[Mapping[Part, int], int, int, int]:
     """Of a rank: weights by part; latent and index-key bytes a token; bytes of absorbed copies of kv_b_proj."""
-    config = model.config
+    config, layers = model.config, model.config.num_hidden_layers
     first, last = layout.cuts[stage], stage == layout.pp - 1
-    end = layout.cuts[stage + 1] if not last else config.num_hidden_layers
-    held = set(range(first, end)) | ({config.num_hidden_layers} if mtp and last else set())
+    end = layers if last else layout.cuts[stage + 1]
     weights: Counter[Part] = Counter()
     absorbed = 0
+    for (part, module), totals in _sums(model).items():
+        spans = [(part, first, end)] + ([("mtp", layers, layers + 1)] if mtp and last else [])
+        for counted_as, start, stop in spans:
+            (before, none_yet), (after, all_of_them) = totals[start], totals[stop]
+            ways = _ways(module, layout, engine)
+            weights[counted_as] += -(-(after - before) // ways)
+            if module == "kv_b_proj":
+                absorbed += -(-(all_of_them - none_yet) * _ABSORBED_BYTES // ways)
     for entry in model.stored:
-        if not _on_stage(entry, held, stage == 0, last, mtp):
-            continue
-        part: Part = "mtp" if entry.layer == config.num_hidden_layers else entry.part
-        ways = _ways(entry.module, layout, engine)
-        weights[part] += -(-entry.total // ways)
-        if entry.module == "kv_b_proj":
-            absorbed += -(-entry.parameters * _ABSORBED_BYTES // ways)
-    latent = index = 0
-    for layer in held:
-        one_latent, one_index = cache.layer_bytes(config, layer)
-        latent, index = latent + one_latent, index + one_index
-    return MappingProxyType(dict(weights)), latent, index, absorbed
+        if entry.layer is None and _outside_layers(entry, stage == 0, last, mtp):
+            weights[entry.part] += -(-entry.total // _ways(entry.module, layout, engine))
+    held = [*range(first, end), *([layers] if mtp and last else [])]
+    latent, index = (sum(sizes) for sizes in zip(*(cache.layer_bytes(config, layer) for layer in held), strict=True))
+    return MappingProxyType({part: size for part, size in weights.items() if size}), latent, index, absorbed
 
 
-def _on_stage(entry: Stored, held: set[int], first: bool, last: bool, mtp: bool) -> bool:
-    if entry.layer is not None:
-        return entry.layer in held
+def _outside_layers(entry: Stored, first: bool, last: bool, mtp: bool) -> bool:
     if entry.module == "embed_tokens":
         return first or (last and mtp)  # the MTP layer embeds what it drafts from
     return last

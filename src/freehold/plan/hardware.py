@@ -103,11 +103,10 @@ def read_gpu(path: str | Path) -> Gpu:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     like = entry.pop("like", None)
-    if like is not None:
-        known = _table()["gpus"]
-        base = gpu(str(like)).key
-        entry = {**{key: value for key, value in known[base].items() if key not in ("sources", "notes")}, **entry}
     try:
+        if like is not None:
+            known = _table()["gpus"][gpu(str(like)).key]
+            entry = {**{key: value for key, value in known.items() if key not in ("sources", "notes")}, **entry}
         return _gpu(path.stem, {**entry, "notes": [f"figures of {path.name}"]}, {})
     except (ConfigError, InvalidRequest) as error:
         raise ConfigError(f"{path}: {error}") from None
