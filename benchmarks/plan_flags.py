@@ -16,10 +16,20 @@ import datetime
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from _common import ROOT, Report, arguments
+
+from freehold.errors import InsufficientMemory, InvalidRequest
+from freehold.plan.emit import Deployment, launch
+from freehold.plan.flags import VERSIONS, flag_table
+from freehold.plan.hardware import gpus
+from freehold.plan.manifest import manifest
+from freehold.plan.models import bundled, load
+from freehold.plan.search import Candidate, candidates
+from freehold.plan.types import Cluster
 
 TABLES = ROOT / "src" / "freehold" / "plan" / "tables"
 Entry = dict[str, Any]
@@ -360,3 +370,87 @@ def write(engine: str, package: str, flags: Mapping[str, Entry]) -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     head = json.dumps({"engine": engine, "source": f"argument list of {package}", "read": today})[1:-1]
     (TABLES / f"{engine}.json").write_text(f'{{{head}, "flags": {{\n{lines}\n}}}}\n')
+
+
+def compare_tables(engines: Path, report: Report, *, rewrite: bool) -> None:
+    """The bundled tables against those of the packages in `engines`."""
+    for name, (package, read) in READERS.items():
+        flags = read(engines / package.split()[0])
+        if rewrite:
+            write(name, package, flags)
+        bundled = json.loads((TABLES / f"{name}.json").read_text())["flags"]
+        # Through JSON, as the bundled one was: tuples are lists there.
+        published = json.loads(json.dumps(flags))
+        differing = sorted(
+            flag for flag in bundled.keys() | published.keys() if bundled.get(flag) != published.get(flag)
+        )
+        print(f"{package}: {len(published)} flags, {len(differing)} differ from the table {', '.join(differing[:5])}")
+        report.bar(f"flags of {package} that the table has otherwise", len(differing), "==", 0)
+
+
+def check_launches(report: Report, *, quick: bool) -> None:
+    """Emit a launch and a manifest for every candidate of a grid; each is checked as it is made."""
+    made, machines, wrong = 0, 0, []
+    names = ("glm-5.2-fp8", "glm-5.2-nvfp4", "deepseek-v3.2") if quick else bundled()
+    keys = ("h200", "b200", "gb300", "mi355x") if quick else tuple(gpus())
+    for name, key in product(names, keys):
+        hardware = Cluster(gpus()[key], gpus()[key].node * 2)
+        try:
+            run, _, _ = candidates(load(name), hardware, ("vllm", "sglang"))
+        except InsufficientMemory:
+            continue
+        for candidate in run:
+            deployment = deployment_of_candidate(candidate)
+            try:
+                started = launch(deployment)
+                manifest(deployment)
+            except InvalidRequest as error:
+                wrong.append(f"{name} on {key}: {error.message}")
+                continue
+            made += 1
+            machines += len(started.commands)
+    print(f"{made} launches of {machines} commands and {made} manifests; refused: {wrong[:3]}")
+    report.samples["refused"] = wrong
+    report.bar("launches and manifests that were valid", made, ">=", 20 if quick else 200)
+    report.bar("launches or manifests that were not valid", len(wrong), "==", 0)
+
+
+def deployment_of_candidate(candidate: Candidate) -> Deployment:
+    """As the planner would launch it: all the context that fits, a few sequences, drafts where they are used."""
+    room = candidate.footprint
+    drafts = 3 if candidate.mtp else 0
+    sequences = max(1, min(4, room.cache_tokens // 32_768)) * room.layout.dp
+    assert candidate.engine in VERSIONS
+    return Deployment(
+        candidate.model, candidate.gpu, candidate.engine, room, room.max_context, sequences, drafts, candidate.replicas
+    )
+
+
+def check_mistakes(report: Report) -> None:
+    """The checker itself: one wrong word in a good launch must be found, wherever it is."""
+    missed = []
+    for engine, line in (("vllm", "--tensor-parallel-size 8 --kv-cache-dtype fp8 --max-num-seqs 4"),
+                         ("sglang", "--tp-size 8 --kv-cache-dtype bf16 --max-running-requests 4")):  # fmt: skip
+        words = line.split()
+        for index in range(len(words)):
+            broken = [*words[:index], words[index] + "x", *words[index + 1 :]]
+            if not flag_table(engine).problems(broken):
+                missed.append(broken)
+    report.bar("one-letter mistakes that were missed", len(missed), "==", 0)
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--engines", type=Path, help="a folder with unpacked vllm and sglang wheels")
+    parser.add_argument("--write", action="store_true", help="rewrite the tables from --engines")
+    options = parser.parse_args()
+    report = Report("plan_flags", options.quick)
+    if options.engines is not None:
+        compare_tables(options.engines, report, rewrite=options.write)
+    check_mistakes(report)
+    check_launches(report, quick=options.quick)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from freehold.plan.cost import Crossover, Economics, Point, Tenure
 from freehold.plan.emit import Deployment, Launch
 from freehold.plan.prices import Api, Maker, Owning
 from freehold.plan.search import Found, Option, Sensitivity
-from freehold.plan.types import Cluster, Engine, Figure, ModelSpec, Slo, Speed
+from freehold.plan.types import CacheFormat, Cluster, Engine, Figure, ModelSpec, Slo, Speed
 from freehold.plan.workload import Workload
 
 
@@ -35,7 +35,9 @@ class Money:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. context: tokens that one sequence must have room for, at least the workload's longest."""
+    """What is asked. context: tokens that one sequence must have room for, at least the workload's longest.
+    cache: instead of each engine's own format.
+    """
 
     model: ModelSpec
     cluster: Cluster
@@ -44,6 +46,7 @@ class Question:
     engines: tuple[Engine, ...]
     money: Money
     context: int
+    cache: CacheFormat | None = None
 
 
 @dataclass(frozen=True)

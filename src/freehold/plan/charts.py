@@ -113,7 +113,7 @@ def lines(
     body = [_grid(across, up, x, y, show)]
     for index, item in enumerate(series):
         body.append(_series(index % COLOURS, item, across, up))
-    body += [_mark(mark, across, up) for mark in marks]
+    body += [_mark(mark, across, up, row) for row, mark in enumerate(marks)]
     names = [(index % COLOURS, item.name) for index, item in enumerate(series)]
     described = "; ".join(_described(item, show) for item in series if item.points)
     return _figure(title, described, "".join(body), HEIGHT, names)
@@ -213,14 +213,16 @@ def _series(colour: int, item: Series, across: Axis, up: Axis) -> str:
     return "".join(parts)
 
 
-def _mark(mark: Mark, across: Axis, up: Axis) -> str:
+def _mark(mark: Mark, across: Axis, up: Axis, row: int) -> str:
+    """row: words of vertical marks stand below one another, so that near ones can be read."""
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     if mark.x is not None:
         at = across.at(mark.x)
         anchor, shift = ("end", -5) if at > (WIDTH + _LEFT) / 2 else ("start", 5)
         return (
             f'<line class="limit" x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{bottom}"/>'
-            f'<text class="note" x="{at + shift:.1f}" y="{_TOP + 12}" text-anchor="{anchor}">{escape(mark.text)}</text>'
+            f'<text class="note" x="{at + shift:.1f}" y="{_TOP + 12 + 15 * row}" text-anchor="{anchor}">'
+            f"{escape(mark.text)}</text>"
         )
     if mark.y is None:
         raise ValueError("a mark needs an x or a y")
