@@ -52,7 +52,8 @@ def footprint(
     """
     policy, known = engines()[engine], support(engine, gpu, model)
     cache = known.cache if cache is None else cache
-    mtp = mtp and model.config.has_mtp
+    # The embedded engine loads and caches the MTP layer of a model that has one, whether drafts are asked for or not.
+    mtp = (mtp or engine == "freehold") and model.config.has_mtp
     usable = int(gpu.memory * (known.fraction if fraction is None else fraction))
     stages = [_stage(model, layout, engine, cache, mtp, stage) for stage in range(layout.pp)]
     made = [_footprint(model, layout, policy.page, policy.overhead, cache, mtp, usable, *stage) for stage in stages]

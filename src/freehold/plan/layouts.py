@@ -115,7 +115,7 @@ def support(engine: Engine, gpu: Gpu, model: ModelSpec) -> Support:
 def layouts(model: ModelSpec, cluster: Cluster, engine: Engine, *, dcp: bool = False) -> Iterator[Layout]:
     """Every allowed layout of one replica on at most all GPUs of the cluster, small ones first.
 
-    A replica that does not fill a node leaves room for others of its kind, so its GPUs must divide a node's. dcp adds
+    A replica that does not fill a node leaves room for others of its kind, so its GPUs divide a node's. dcp adds
     decode context parallelism, which no released engine has for sparse attention.
     """
     for gpus in replica_sizes(cluster):
@@ -227,12 +227,13 @@ def _kv_rows(model: ModelSpec) -> int:
 
 
 def replica_sizes(cluster: Cluster) -> list[int]:
-    """GPUs of one replica: parts of a node that divide it, or whole nodes."""
+    """GPUs of one replica: parts of a node that divide it, whole nodes, or the whole cluster."""
     node, total = cluster.gpu.node, cluster.gpus
     if cluster.gpu.domain > node:  # one fabric spans nodes: any power of two
         return [2**i for i in range(total.bit_length())]
     within = [size for size in _divisors(node) if size <= total]
-    return within + [node * count for count in range(2, total // node + 1)]
+    nodes = [node * count for count in range(2, total // node + 1)]
+    return sorted({*within, *nodes, total})  # all of them too, if they are no whole nodes
 
 
 def _expert_groups(tp: int, dp: int) -> list[int]:

@@ -74,9 +74,11 @@ def load(name: str | Path) -> ModelSpec:
     path = Path(name)
     if path.is_dir() or path.is_file():
         return _from_directory(path if path.is_dir() else path.parent)
-    key = str(name).lower().removeprefix("zai-org/").removeprefix("nvidia/").removeprefix("deepseek-ai/")
-    key = key.removesuffix("-bf16")
-    if key not in _table()["models"]:
+    models, wanted = _table()["models"], str(name).lower()
+    # A repository by its full name first: GLM-5.3's without a suffix is its FP8 build.
+    key = next((key for key, entry in models.items() if entry.get("repo", "").lower() == wanted), wanted)
+    key = key.removeprefix("zai-org/").removesuffix("-bf16")
+    if key not in models:
         known = ", ".join(bundled())
         raise InvalidRequest(f"{name}: no such directory, and no published model; there are {known}", param="model")
     return _bundled(key)

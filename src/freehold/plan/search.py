@@ -144,13 +144,17 @@ def search(
     screen: Callable[[Candidate], float] | None = None,
     limit: int = 24,
 ) -> Found:
-    """Evaluate every candidate, or the `limit` best by `screen` (small is good) of each engine where there are more.
+    """Evaluate every candidate; where an engine has more than `limit` with or without drafts, the best by `screen`.
 
+    screen: a quick estimate, small is good.
     fewer: use only as many replicas as the SLOs need at this load; otherwise always all GPUs.
     """
     run, fit, too_large = candidates(model, cluster, wanted, drafts=drafts, cache=cache, context=context)
     if screen is not None:
-        run = [made for engine in wanted for made in _screened(run, engine, screen, limit)]
+        groups: dict[tuple[Engine, bool], list[Candidate]] = {}
+        for made in run:
+            groups.setdefault((made.engine, made.mtp), []).append(made)
+        run = [made for group in groups.values() for made in sorted(group, key=screen)[:limit]]
     options = [_evaluate(made, speed_of, cost_of, fewer) for made in run]
     options.sort(key=lambda option: (not option.speed.meets_slo, option.objectives))
     meeting = [option for option in options if option.speed.meets_slo]
@@ -227,13 +231,6 @@ def _why_not(known: Support, layout: Layout, cache: CacheFormat | None) -> str |
     if cache is not None and cache.latent not in known.caches:
         return f"{name} has no {cache.latent} cache for sparse attention on this hardware{source}"
     return None
-
-
-def _screened(
-    run: Sequence[Candidate], engine: Engine, screen: Callable[[Candidate], float], limit: int
-) -> list[Candidate]:
-    mine = [made for made in run if made.engine == engine]
-    return mine if len(mine) <= limit else sorted(mine, key=screen)[:limit]
 
 
 def _evaluate(candidate: Candidate, speed_of: SpeedOf, cost_of: CostOf, fewer: bool) -> Option:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
-from freehold.model.cache_layout import INDEX_FORMATS, LATENT_FORMATS, cache_bytes_per_token, latent_bytes
+from freehold.model.cache import IndexCache, LatentCache, PagedCache
+from freehold.model.cache_layout import (
+    INDEX_FORMATS,
+    LATENT_FORMATS,
+    IndexFormat,
+    LatentFormat,
+    cache_bytes_per_token,
+    latent_bytes,
+)
+from freehold.model.sizes import SIZES, size_config
 from freehold.plan.footprint import fewest_gpus, footprint, rank_weights, refuse
 from freehold.plan.hardware import cluster, gpu
 from freehold.plan.layouts import stage_cuts
@@ -50,6 +62,24 @@ def test_caches_are_those_of_the_engine(name: str, latent: str, index: str, mtp:
     cache = CacheFormat(latent, index)  # type: ignore[arg-type]
     memory = footprint(model, gpu("b300"), TP8, "sglang", cache=cache, mtp=mtp)
     assert memory.cache_per_token == cache_bytes_per_token(model.config, cache.latent, cache.index, mtp=mtp)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("latent", "latent_cache"), [("bf16", "auto"), ("fp8_ds_mla", "fp8")])
+@pytest.mark.parametrize(("index", "index_cache"), [("bf16", "auto"), ("fp8", "fp8")])
+def test_caches_are_the_tensors_that_the_engine_allocates(
+    tmp_path: Path,
+    size: str,
+    latent: LatentFormat,
+    latent_cache: LatentCache,
+    index: IndexFormat,
+    index_cache: IndexCache,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(size_config(size)))
+    model = load(tmp_path)
+    memory = footprint(model, gpu("cpu-server"), Layout(), "freehold", cache=CacheFormat(latent, index))
+    real = PagedCache(model.config, 2, 16, torch.bfloat16, index_cache=index_cache, latent_cache=latent_cache)
+    assert memory.cache_per_token * 2 * 16 == real.num_bytes
 
 
 @pytest.mark.parametrize("layout", [Layout(), TP8, Layout(tp=1, dp=8, ep=8), Layout(tp=4, dp=2, ep=8)])

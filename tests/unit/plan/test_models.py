@@ -84,6 +84,9 @@ _SUFFIXES = ("", "-fp8", "-nvfp4", "-w4a16")
 def test_names_are_taken_as_people_write_them() -> None:
     assert load("zai-org/GLM-5.2-FP8") is load("glm-5.2-fp8")
     assert load("GLM-5.2-BF16") is load("glm-5.2")
+    assert load("nvidia/GLM-5.2-NVFP4") is load("glm-5.2-nvfp4")
+    assert load("zai-org/GLM-5.3") is load("glm-5.3-fp8")  # the repository without a suffix holds FP8
+    assert load("zai-org/GLM-5.3-BF16") is load("glm-5.3")
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
