@@ -16,7 +16,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from freehold import errors
-from freehold.cli.main import COMMANDS, build_app
+from freehold.cli.main import COMMANDS, build_app, subcommands
 from freehold.model.chat import effort
 from freehold.serve.fields import FIELDS
 
@@ -87,7 +87,8 @@ def surface_lines(text: str) -> Iterator[str]:
 def help_pages(width: int) -> Iterator[tuple[list[str], str]]:
     """The words of each command, and its help."""
     runner, app = CliRunner(), build_app(load=COMMANDS)
-    for words in ([], *([name] for name in COMMANDS)):
+    pages = [[], *(words for name in COMMANDS for words in ([name], *([name, sub] for sub in subcommands(name))))]
+    for words in pages:
         result = runner.invoke(
             app, [*words, "--help"], prog_name="freehold", terminal_width=width, max_content_width=width
         )

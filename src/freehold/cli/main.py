@@ -14,6 +14,8 @@ To add a command:
     imports torch inside the function, so that `freehold NAME --help` works without it. Raise `FreeholdError`s and let
     other exceptions go: `cli/errors.py` turns them into one line and an exit code. A missing torch, safetensors or
     llguidance needs no code either: its `ModuleNotFoundError` becomes the line that installs the extra.
+    A command may have sub-commands: its module then has a mapping `SUBCOMMANDS` from their names to functions, and
+    its own function runs without one (`cli/plan.py`).
 2.  Add a line to `COMMANDS`. Its summary is the first line of the function's docstring (a test compares them).
 3.  `make docs`: writes the new options to `tests/golden/cli.txt` and `docs/reference/cli.md`, for review.
 
@@ -41,6 +43,7 @@ COMMANDS: Mapping[str, str] = {
     "quantize": "Write an int8, int4 or FP8 copy of a checkpoint, and measure it.",
     "debug": "Name the first layer whose output differs from transformers'.",
     "bench": "Measure where time goes, or what 8-bit caches cost in quality.",
+    "plan": "Size a deployment: memory, speed, cost, and how to launch it.",
 }
 
 FIRST_STEPS = """\
@@ -51,6 +54,7 @@ Freehold runs GLM-5.2-class open-weight models on hardware you own.
   freehold inspect models/small              what is in it
   freehold serve models/small                serve it on http://127.0.0.1:8000/v1
   freehold chat models/small                 or talk to it here
+  freehold plan --on 8xh200                  what GLM-5.2 needs, how fast it is there, and what it costs
 
 `freehold --help` lists the commands, `freehold COMMAND --help` a command's options.
 """
@@ -77,8 +81,16 @@ def build_app(load: Iterable[str]) -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     wanted = set(load)
     for name, summary in COMMANDS.items():
-        function = load_command(name) if name in wanted else _unloaded
-        app.command(name, short_help=summary)(function)
+        if name not in wanted:
+            app.command(name, short_help=summary)(_unloaded)
+        elif children := subcommands(name):
+            group = typer.Typer(rich_markup_mode=None)
+            group.callback(invoke_without_command=True)(load_command(name))
+            for child, function in children.items():
+                group.command(child)(function)
+            app.add_typer(group, name=name, short_help=summary)
+        else:
+            app.command(name, short_help=summary)(load_command(name))
     return app
 
 
@@ -87,6 +99,13 @@ def load_command(name: str) -> Callable[..., Any]:
     attribute = name.replace("-", "_")
     function: Callable[..., Any] = getattr(importlib.import_module(f"freehold.cli.{attribute}"), attribute)
     return function
+
+
+def subcommands(name: str) -> Mapping[str, Callable[..., Any]]:
+    """The sub-commands of a command, by name; it also runs without one."""
+    module = importlib.import_module(f"freehold.cli.{name.replace('-', '_')}")
+    children: Mapping[str, Callable[..., Any]] = getattr(module, "SUBCOMMANDS", {})
+    return children
 
 
 def _dispatch(args: list[str]) -> None:
