@@ -15,9 +15,9 @@ from freehold.errors import EngineError
 
 
 def steady_steps(scheduler: Scheduler, step: StepInput, most: int) -> int:
-    """How many steps like `step`, the one just updated, certainly follow, each giving every request up to `most` tokens.
+    """How many steps like `step`, the one just updated, certainly follow.
 
-    Call it only if `step` was scheduled without a preemption, and nothing was added or aborted since.
+    most: tokens that a step gives a request at most. Call it only if `step` was scheduled without a preemption, and nothing was added or aborted since.
     """
     running = scheduler.running
     if not running or len(step.seqs) != len(running):
