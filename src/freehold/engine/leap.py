@@ -17,7 +17,8 @@ from freehold.errors import EngineError
 def steady_steps(scheduler: Scheduler, step: StepInput, most: int) -> int:
     """How many steps like `step`, the one just updated, certainly follow.
 
-    most: tokens that a step gives a request at most. Call it only if `step` was scheduled without a preemption, and nothing was added or aborted since.
+    most: tokens that a step gives a request at most. Call it only if `step` was scheduled without a preemption, and
+    nothing was added or aborted since.
     """
     running = scheduler.running
     if not running or len(step.seqs) != len(running):

@@ -1,8 +1,8 @@
 """Runs that somebody measured: the bundled ones, and results of load generators. Torch-free.
 
 A `Measured` is a setup, a load, and what came of it. Bundled ones are in `calibration.toml`, in groups that share
-hardware and precision. `read_results` takes one's own: AIPerf's or vLLM bench's JSON, which say what was sent but not to
-what, so the setup is given beside them.
+hardware and precision. `read_results` takes one's own: AIPerf's or vLLM bench's JSON, which say what was sent but not
+to what, so the setup is given beside them.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _runs(kind: str) -> tuple[Measured, ...]:
 
 
 def read_results(path: str | Path, setup: Setup, *, drafts: int = 0, acceptance: float | None = None) -> Measured:
-    """A run of one's own from AIPerf's `profile_export_aiperf.json`, `vllm bench serve --save-result` or SGLang's bench.
+    """A run of one's own: AIPerf's `profile_export_aiperf.json`, or what `vllm bench serve` or SGLang's bench saves.
 
     Only closed loops of one turn can be compared. Raises InvalidRequest naming what is missing.
     """

@@ -47,7 +47,10 @@ NOTHING: Work = (0.0,) * len(CAUSES)
 # Hadamard 2, quantisation 2, cache write, scores, top-k, scaling 2.
 _LAYER_KERNELS = 30
 _INDEXER_KERNELS = 14
-_QUANTISED = frozenset({"q_a_proj", "q_b_proj", "kv_b_proj", "o_proj", "shared_experts", "mlp", "indexer"})
+# FP8 matrices outside the routed experts need one more each, for their inputs: of q_a and kv_a, q_b, o_proj and both of
+# the shared expert; of both projections of an indexer.
+_LAYER_QUANTISERS = 5
+_INDEXER_QUANTISERS = 2
 _EVENNESS = 0.9  # of how rows choose experts
 _OUTSIDE_KERNELS = 8  # embedding, final norm, head, gathering logits, sampling
 _DRAFT_KERNELS = _LAYER_KERNELS + _INDEXER_KERNELS + _OUTSIDE_KERNELS
@@ -143,7 +146,7 @@ class StepTimes:
         width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
         self._attend = 2.0 * heads * width / gpu.peak("bf16")  # seconds a row, key and layer
         self._score = 2.0 * config.index_n_heads * config.index_head_dim / gpu.peak("fp8")
-        self._quantisers = len({entry.module for entry in body if self._fp8(entry)})
+        self._quantised = any(entry.module == "o_proj" and self._fp8(entry) for entry in body)
 
     # ── passes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -239,12 +242,14 @@ class StepTimes:
     @cached_property
     def _kernels(self) -> int:
         """Kernels of a pass through the whole model."""
-        per_layer = _LAYER_KERNELS + self._quantisers
-        return self.layers * per_layer + self.full * _INDEXER_KERNELS + _OUTSIDE_KERNELS * self.layout.pp
+        layer = _LAYER_KERNELS + self._quantised * _LAYER_QUANTISERS
+        indexer = _INDEXER_KERNELS + self._quantised * _INDEXER_QUANTISERS
+        return self.layers * layer + self.full * indexer + _OUTSIDE_KERNELS * self.layout.pp
 
     @staticmethod
     def _fp8(entry: Stored) -> bool:
-        return entry.module in _QUANTISED and "F8_E4M3" in entry.bytes and "U8" not in entry.bytes
+        """Multiplied in FP8: E4M3 beside U8 are the scales of FP4."""
+        return "F8_E4M3" in entry.bytes and "U8" not in entry.bytes
 
     def _sum(self, entries: Iterable[Stored]) -> _Matrices:
         """Bytes and FLOP a row of one rank, for matrices of all layers."""
