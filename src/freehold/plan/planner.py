@@ -197,7 +197,7 @@ def _sensitivities(question: Question, speeds: Speeds, found: Found, chosen: Opt
     knobs: dict[str, Sequence[float]] = {
         "utilisation": sorted({0.2, 0.5, 0.8, money.utilisation}),
         "price of a GPU-hour": sorted({hour.low, hour.value, hour.high}),
-        "prefix-cache hit rate": sorted({0.0, 0.5, 0.9, workload.hit_rate}),
+        "prefix-cache hit rate": sorted({0.0, 0.5, 0.9, round(workload.hits, 4)}),
     }
     if chosen.candidate.mtp:
         knobs["acceptance length"] = sorted({1.5, 2.5, workload.acceptance})
