@@ -3,8 +3,7 @@
     plan(question)                          # everything
     compare([question, question])           # several hardware options, those that fit nothing with the reason
 
-The parts know nothing of one another; they meet here. `Speeds` is the only one that simulates, and it remembers what
-it has simulated, since search, sweep and sensitivity ask for the same again.
+The parts know nothing of one another; they meet here.
 """
 
 from __future__ import annotations
@@ -13,18 +12,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, Self
 
 from freehold.errors import FreeholdError, InvalidRequest
 from freehold.plan.answer import Load, Plan, Question, Started
-from freehold.plan.cost import Crossover, Economics, Point, cost_of_fleet, crossover, curve, gpu_hour
+from freehold.plan.cost import Crossover, Economics, Point, Weights, cost_of_fleet, crossover, curve, gpu_hour
 from freehold.plan.emit import Deployment, launch
 from freehold.plan.flags import VERSIONS
+from freehold.plan.flops import flops_per_token
 from freehold.plan.layouts import pp_note
 from freehold.plan.manifest import manifest_yaml
 from freehold.plan.prices import HOURS_A_MONTH, maker
 from freehold.plan.search import Candidate, Found, Option, Sensitivity, search, sensitivity
-from freehold.plan.speeds import Speeds, flops_by_context
+from freehold.plan.speeds import Speeds
 from freehold.plan.types import Cost, Figure, Speed
+from freehold.plan.workload import Workload
 
 _SCREENED = 6  # options of an engine and drafting choice that are simulated, the best by a quick bound
 _SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -33,7 +35,29 @@ _CURVE_DECADES = (-1.5, 2.0)  # of the volume that fills one replica
 _FLOPS_AT = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
 
 
-def plan(question: Question, speeds: Speeds | None = None) -> Plan:
+class SpeedModel(Protocol):
+    """What a plan asks about speed, for one workload and its SLOs: `speeds.Speeds`, or a scripted one in tests."""
+
+    @property
+    def workload(self) -> Workload: ...
+
+    def changed(self, workload: Workload) -> Self:
+        """The same model for another workload."""
+
+    def of(self, candidate: Candidate) -> Speed:
+        """One replica under its share of the load."""
+
+    def closed(self, candidate: Candidate, concurrency: int) -> Speed:
+        """One replica with so many requests in flight."""
+
+    def bound(self, candidate: Candidate) -> float:
+        """What ranks candidates before any is simulated; small is good."""
+
+    def weights(self, candidate: Candidate) -> Weights:
+        """GPU time of tokens by kind."""
+
+
+def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     """The whole answer. Raises InsufficientMemory where nothing fits, InvalidRequest where nothing is known to run."""
     began = time.perf_counter()
     speeds = speeds or Speeds(question.workload, question.slo)
@@ -57,7 +81,7 @@ def plan(question: Question, speeds: Speeds | None = None) -> Plan:
         api_task=_api_tasks(question, crossovers),
         sensitivities=tuple(_sensitivities(question, speeds, found, chosen)),
         started=tuple(_started(question, found, chosen)),
-        flops=flops_by_context(question.model, _FLOPS_AT),
+        flops=_flops(question),
         gpu_hour=hour,
         maker=maker(question.model.name),
         notes=tuple(_notes(question, chosen)),
@@ -79,7 +103,7 @@ def compare(questions: Sequence[Question]) -> tuple[list[Plan], dict[str, str]]:
     return plans, refusals
 
 
-def _search(question: Question, speeds: Speeds, hour: Figure) -> Found:
+def _search(question: Question, speeds: SpeedModel, hour: Figure) -> Found:
     def speed_of(candidate: Candidate) -> Speed:
         return speeds.of(candidate)
 
@@ -107,7 +131,7 @@ def _nothing_runs(question: Question, found: Found) -> InvalidRequest:
     return InvalidRequest(f"{model} fits memory on {gpu}, but no engine is known to run it there: {whys}", param="on")
 
 
-def _cost(question: Question, candidate: Candidate, speed: Speed, hour: Figure, speeds: Speeds) -> Cost:
+def _cost(question: Question, candidate: Candidate, speed: Speed, hour: Figure, speeds: SpeedModel) -> Cost:
     economics = _economics_of(question, candidate, hour, speed.request_rate)
     return cost_of_fleet(economics, speeds.weights(candidate), candidate.replicas, question.money.task_tokens)
 
@@ -129,7 +153,7 @@ def _economics(question: Question, chosen: Option, hour: Figure, capacity: Figur
     return _economics_of(question, chosen.candidate, hour, capacity)
 
 
-def _sweep(chosen: Option, speeds: Speeds) -> tuple[Load, ...]:
+def _sweep(chosen: Option, speeds: SpeedModel) -> tuple[Load, ...]:
     """More and more requests in flight, until throughput no longer grows."""
     loads: list[Load] = []
     for concurrency in _SWEEP:
@@ -170,7 +194,7 @@ def _api_tasks(question: Question, crossovers: Sequence[Crossover]) -> Mapping[s
     }
 
 
-def _sensitivities(question: Question, speeds: Speeds, found: Found, chosen: Option) -> list[Sensitivity]:
+def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen: Option) -> list[Sensitivity]:
     """The cheapest of the options on the front, solved again with one assumption changed."""
     workload, money = question.workload, question.money
     hour = gpu_hour(question.cluster.gpu, money.tenure, money.owning, price=money.price)
@@ -240,6 +264,16 @@ def deployment_of(question: Question, candidate: Candidate) -> Deployment:
         sequences,
         drafts,
         candidate.replicas + question.money.spare,
+    )
+
+
+def _flops(question: Question) -> tuple[tuple[int, float, float], ...]:
+    config = question.model.config
+    contexts = [context for context in _FLOPS_AT if context <= config.max_position_embeddings]
+    contexts = contexts or [config.max_position_embeddings]
+    return tuple(
+        (context, flops_per_token(config, context), flops_per_token(config, context, shared=False))
+        for context in contexts
     )
 
 
