@@ -16,6 +16,7 @@ from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from freehold.plan.answer import Money, Question
+    from freehold.plan.measured import Setup
     from freehold.plan.prices import Api
     from freehold.plan.types import CacheFormat, ModelSpec, Slo
     from freehold.plan.workload import Workload
@@ -133,6 +134,7 @@ def question_of(asked: Asked, on: str) -> Question:
     """The question about one hardware option. Raises InvalidRequest and ConfigError for what makes no sense."""
     from freehold.plan.answer import Question
     from freehold.plan.hardware import cluster
+    from freehold.plan.kept import read_efficiencies
     from freehold.plan.models import load
     from freehold.plan.search import check_engines
 
@@ -151,6 +153,7 @@ def question_of(asked: Asked, on: str) -> Question:
         money=money_of(asked),
         context=context,
         cache=_cache(asked.cache),
+        efficiencies=None if asked.efficiencies is None else read_efficiencies(asked.efficiencies),
     )
 
 
@@ -189,6 +192,30 @@ def workload_of(asked: Asked, model: ModelSpec) -> Workload:
         acceptance_length=asked.acceptance,
         effort=effort,
     )
+
+
+def setup_of(model: str, on: str, engine: str, tp: int | None, cache: str | None) -> Setup:
+    """What runs of one's own were measured on, from the words of the command line. Raises InvalidRequest."""
+    from freehold.plan.hardware import cluster
+    from freehold.plan.layouts import refusal, support
+    from freehold.plan.measured import Setup
+    from freehold.plan.models import load
+    from freehold.plan.search import check_engines
+    from freehold.plan.speeds import prompt_chunk
+    from freehold.plan.types import Layout
+
+    spec, machine, (known,) = load(model), cluster(on), check_engines([engine])
+    width = tp or machine.gpus
+    if machine.gpus % width:
+        raise InvalidRequest(f"--tp {width} does not divide {machine.gpus} GPUs", param="tp")
+    groups = machine.gpus // width
+    layout = Layout(tp=width, dp=groups, ep=machine.gpus if groups > 1 else 1)
+    why = refusal(spec, machine.gpu, layout, known)
+    if why is not None:
+        raise InvalidRequest(f"{layout} of {spec.name} on {machine.gpu.name}: {why}", param="tp")
+    runs = support(known, machine.gpu, spec)
+    chunk = prompt_chunk(known, machine.gpu, layout)
+    return Setup("", spec, machine.gpu, known, layout, _cache(cache) or runs.cache, runs.fraction, chunk)
 
 
 def money_of(asked: Asked) -> Money:

@@ -28,8 +28,8 @@ from freehold.plan.speeds import Speeds
 from freehold.plan.types import Cost, Figure, Speed
 from freehold.plan.workload import Workload
 
-_SCREENED = 6  # options of an engine and drafting choice that are simulated, the best by a quick bound
-_SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SCREENED = 2  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
+_SWEEP = (1, 4, 16, 64)
 _CURVE_POINTS = 61
 _CURVE_DECADES = (-1.5, 2.0)  # of the volume that fills one replica
 _FLOPS_AT = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
@@ -60,7 +60,7 @@ class SpeedModel(Protocol):
 def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     """The whole answer. Raises InsufficientMemory where nothing fits, InvalidRequest where nothing is known to run."""
     began = time.perf_counter()
-    speeds = speeds or Speeds(question.workload, question.slo)
+    speeds = speeds or Speeds(question.workload, question.slo, question.efficiencies)
     hour = gpu_hour(question.cluster.gpu, question.money.tenure, question.money.owning, price=question.money.price)
     found = _search(question, speeds, hour)
     if not found.options:
@@ -154,9 +154,13 @@ def _economics(question: Question, chosen: Option, hour: Figure, capacity: Figur
 
 
 def _sweep(chosen: Option, speeds: SpeedModel) -> tuple[Load, ...]:
-    """More and more requests in flight, until throughput no longer grows."""
+    """More and more requests in flight, until throughput no longer grows or the caches are full."""
     loads: list[Load] = []
-    for concurrency in _SWEEP:
+    asked = max(1, round(chosen.speed.concurrency))
+    held = max(asked, chosen.candidate.footprint.max_sequences(max(1, round(speeds.workload.mean_tokens))))
+    for concurrency in sorted({*_SWEEP, asked, min(2 * asked, held)}):
+        if loads and concurrency > held:
+            break
         speed = speeds.closed(chosen.candidate, concurrency)
         loads.append(Load(concurrency, speed))
         if len(loads) > 2 and speed.output_rate.value < 1.02 * loads[-2].speed.output_rate.value:
@@ -195,10 +199,10 @@ def _api_tasks(question: Question, crossovers: Sequence[Crossover]) -> Mapping[s
 
 
 def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen: Option) -> list[Sensitivity]:
-    """The cheapest of the options on the front, solved again with one assumption changed."""
+    """What is best with one assumption changed: all that may run is ranked again, and the first simulated again."""
     workload, money = question.workload, question.money
     hour = gpu_hour(question.cluster.gpu, money.tenure, money.owning, price=money.price)
-    contenders = list(dict.fromkeys([chosen.candidate, *(option.candidate for option in found.front[:3])]))
+    contenders = list(dict.fromkeys(option.candidate for option in found.options))
 
     def solve(name: str, value: float) -> Option | None:
         asked, changed_hour, changed_speeds = question, hour, speeds
@@ -211,12 +215,10 @@ def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen:
         else:
             changed_speeds = speeds.changed(workload.with_hit_rate(value))
             asked = replace(question, workload=changed_speeds.workload)
-        options = []
-        for candidate in contenders:
-            speed = changed_speeds.of(candidate)
-            options.append(Option(candidate, speed, _cost(asked, candidate, speed, changed_hour, changed_speeds)))
-        options.sort(key=lambda option: (not option.speed.meets_slo, option.objectives))
-        return options[0]
+        # A price that changes for all leaves the choice as it is.
+        first = chosen.candidate if changed_speeds is speeds else min(contenders, key=changed_speeds.bound)
+        speed = changed_speeds.of(first)
+        return Option(first, speed, _cost(asked, first, speed, changed_hour, changed_speeds))
 
     knobs: dict[str, Sequence[float]] = {
         "utilisation": sorted({0.2, 0.5, 0.8, money.utilisation}),
