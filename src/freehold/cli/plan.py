@@ -89,12 +89,46 @@ def compare(
 def calibrate(
     results: Annotated[
         list[Path],
-        typer.Argument(help="Measured runs: AIPerf or vLLM bench JSON, or our own.", show_default=False),
+        typer.Argument(help="Results of AIPerf, vllm bench serve or sglang.bench_serving.", show_default=False),
     ],
+    model: Annotated[str, typer.Option(metavar="DIR|NAME", help="What was served.")] = "glm-5.2-fp8",
+    on: Annotated[str, typer.Option(metavar="[N]xGPU|TOML", help="On what: the GPUs of one replica.")] = _ON,
+    engine: Annotated[str, typer.Option(help="By what: vllm or sglang.")] = "sglang",
+    tp: Annotated[int | None, typer.Option(help="GPUs that share one attention.", min=1, show_default="all")] = None,
+    cache: Annotated[str | None, typer.Option(help="Latent cache.", show_default="the engine's")] = None,
+    drafts: Annotated[int, typer.Option(help="Tokens drafted a step.", min=0, max=7)] = 0,
+    acceptance: Annotated[
+        float | None, typer.Option(help="Tokens a step that came of it; needed with drafts.", show_default=False)
+    ] = None,
+    bundled: Annotated[
+        bool, typer.Option("--with-bundled", help="Fit to the published runs that Freehold has, too.")
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the efficiencies, for --efficiencies.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Refit the speed model's efficiencies to measured runs, and show the residuals before and after."""
-    raise NotImplementedError
+    """Refit the speed model to measured runs, and show their residuals before and after."""
+    from rich.console import Console
+
+    from freehold.cli.plan_options import setup_of
+    from freehold.plan.calibrate import recalibrate
+    from freehold.plan.kept import efficiencies_toml
+    from freehold.plan.measured import read_results
+    from freehold.plan.report import calibration_as_dict, calibration_table
+
+    setup = setup_of(model, on, engine, tp, cache)
+    runs = [read_results(path, setup, drafts=drafts, acceptance=acceptance) for path in results]
+    found = recalibrate(runs, with_bundled=bundled)
+    if save is not None:
+        save.write_text(efficiencies_toml(found.efficiencies, [str(path) for path in results]), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(calibration_as_dict(found), indent=2))
+    else:
+        console = Console(highlight=False)
+        for table in calibration_table(found):
+            console.print(table)
 
 
 SUBCOMMANDS: Mapping[str, Callable[..., Any]] = {"compare": compare, "calibrate": calibrate}

@@ -16,6 +16,7 @@ from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from freehold.plan.answer import Money, Question
+    from freehold.plan.measured import Setup
     from freehold.plan.prices import Api
     from freehold.plan.types import CacheFormat, ModelSpec, Slo
     from freehold.plan.workload import Workload
@@ -29,8 +30,12 @@ class Asked:
         str,
         typer.Option(metavar="DIR|NAME", help="A checkpoint directory, a config.json, or a published model."),
     ] = "glm-5.2-fp8"
-    input: Annotated[str, typer.Option(help="Prompt tokens of a request: 8192, or 1000-9000.")] = "8192"
-    output: Annotated[str, typer.Option(help="Output tokens of a request, thinking included.")] = "1024"
+    input: Annotated[
+        str | None, typer.Option(help="Prompt tokens of a request: 8192, or 1000-9000.", show_default="8192")
+    ] = None
+    output: Annotated[
+        str | None, typer.Option(help="Output tokens of a request, thinking included.", show_default="1024")
+    ] = None
     calls: Annotated[
         Path | None,
         typer.Option(help="Take the requests from own calls, a JSONL file.", show_default=False),
@@ -42,6 +47,7 @@ class Asked:
     hit_rate: Annotated[
         float | None, typer.Option(help="Share of prompt tokens that the prefix cache has.", show_default="0")
     ] = None
+    effort: Annotated[str, typer.Option(help="Thinking: max, or off, which leaves its tokens away.")] = "max"
     drafts: Annotated[int, typer.Option(help="Tokens that MTP drafts a step; 0 for none.", min=0, max=7)] = 3
     acceptance: Annotated[
         float | None, typer.Option(help="Tokens a step, with these drafts.", show_default="published, for coding")
@@ -96,7 +102,7 @@ class Asked:
 _OWNING = ("kwh", "pue", "years")
 _ENGINES = ("vllm", "sglang")
 _APIS = ("z.ai glm-5.2", "openrouter glm-5.2", "claude-opus-5.5")
-_CONCURRENCY = 32
+_INPUT, _OUTPUT, _CONCURRENCY = "8192", "1024", 32
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -128,6 +134,7 @@ def question_of(asked: Asked, on: str) -> Question:
     """The question about one hardware option. Raises InvalidRequest and ConfigError for what makes no sense."""
     from freehold.plan.answer import Question
     from freehold.plan.hardware import cluster
+    from freehold.plan.kept import read_efficiencies
     from freehold.plan.models import load
     from freehold.plan.search import check_engines
 
@@ -146,24 +153,69 @@ def question_of(asked: Asked, on: str) -> Question:
         money=money_of(asked),
         context=context,
         cache=_cache(asked.cache),
+        efficiencies=None if asked.efficiencies is None else read_efficiencies(asked.efficiencies),
     )
 
 
 def workload_of(asked: Asked, model: ModelSpec) -> Workload:
     """What is asked for, request by request."""
-    from freehold.plan.workload import Workload
+    from freehold.plan.lengths import lengths, read_calls
+    from freehold.plan.workload import EFFORTS, Workload, from_calls
 
     if asked.rate is not None and asked.concurrency is not None:
         raise InvalidRequest("--rate and --concurrency contradict each other; give one", param="rate")
+    effort = next((known for known in EFFORTS if known == asked.effort), None)
+    if effort is None:
+        raise InvalidRequest(f"--effort {asked.effort!r} is none of {', '.join(EFFORTS)}", param="effort")
+    drafts = asked.drafts if model.config.has_mtp else 0
+    if asked.acceptance is not None and not drafts:
+        raise InvalidRequest("--acceptance is for drafts, and there are none", param="acceptance")
+    if asked.calls is not None:
+        if (asked.input, asked.output, asked.hit_rate) != (None, None, None):
+            raise InvalidRequest("--calls has lengths and hits; leave out --input, --output and --hit-rate")
+        calls = tuple(read_calls(asked.calls))
+        return from_calls(
+            calls,
+            concurrency=asked.concurrency,
+            rate=asked.rate,
+            drafts=drafts,
+            acceptance_length=asked.acceptance,
+            effort=effort,
+        )
     return Workload(
-        prompt=float(asked.input),
-        output=float(asked.output),
-        concurrency=None if asked.rate else asked.concurrency or _CONCURRENCY,
+        lengths(asked.input or _INPUT),
+        lengths(asked.output or _OUTPUT),
+        concurrency=None if asked.rate is not None else asked.concurrency or _CONCURRENCY,
         rate=asked.rate,
         hit_rate=asked.hit_rate or 0.0,
-        drafts=asked.drafts,
-        acceptance=asked.acceptance or 2.5,
+        drafts=drafts,
+        acceptance_length=asked.acceptance,
+        effort=effort,
     )
+
+
+def setup_of(model: str, on: str, engine: str, tp: int | None, cache: str | None) -> Setup:
+    """What runs of one's own were measured on, from the words of the command line. Raises InvalidRequest."""
+    from freehold.plan.hardware import cluster
+    from freehold.plan.layouts import refusal, support
+    from freehold.plan.measured import Setup
+    from freehold.plan.models import load
+    from freehold.plan.search import check_engines
+    from freehold.plan.speeds import prompt_chunk
+    from freehold.plan.types import Layout
+
+    spec, machine, (known,) = load(model), cluster(on), check_engines([engine])
+    width = tp or machine.gpus
+    if machine.gpus % width:
+        raise InvalidRequest(f"--tp {width} does not divide {machine.gpus} GPUs", param="tp")
+    groups = machine.gpus // width
+    layout = Layout(tp=width, dp=groups, ep=machine.gpus if groups > 1 else 1)
+    why = refusal(spec, machine.gpu, layout, known)
+    if why is not None:
+        raise InvalidRequest(f"{layout} of {spec.name} on {machine.gpu.name}: {why}", param="tp")
+    runs = support(known, machine.gpu, spec)
+    chunk = prompt_chunk(known, machine.gpu, layout)
+    return Setup("", spec, machine.gpu, known, layout, _cache(cache) or runs.cache, runs.fraction, chunk)
 
 
 def money_of(asked: Asked) -> Money:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from freehold.plan.cost import Crossover, Economics, Point, Tenure
 from freehold.plan.emit import Deployment, Launch
 from freehold.plan.prices import Api, Maker, Owning
+from freehold.plan.roofline import Efficiencies
 from freehold.plan.search import Found, Option, Sensitivity
 from freehold.plan.types import CacheFormat, Cluster, Engine, Figure, ModelSpec, Slo, Speed
 from freehold.plan.workload import Workload
@@ -36,7 +37,7 @@ class Money:
 @dataclass(frozen=True)
 class Question:
     """What is asked. context: tokens that one sequence must have room for, at least the workload's longest.
-    cache: instead of each engine's own format.
+    cache: instead of each engine's own format. efficiencies: of one's own, instead of those that come with Freehold.
     """
 
     model: ModelSpec
@@ -47,6 +48,7 @@ class Question:
     money: Money
     context: int
     cache: CacheFormat | None = None
+    efficiencies: Efficiencies | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "memory": question.cluster.gpu.memory,
             "sources": {name: asdict(source) for name, source in question.cluster.gpu.sources.items()},
         },
-        "workload": {"text": str(question.workload)} | asdict(question.workload),
+        "workload": {"text": str(question.workload)} | question.workload.as_dict(),
         "slo": asdict(question.slo),
         "money": {
             "tenure": money.tenure,

@@ -137,8 +137,11 @@ def check_arithmetic(deployment: Deployment) -> None:
     require(0 <= deployment.drafts <= 7, f"{deployment.drafts} draft tokens")
     require(not deployment.drafts or config.has_mtp, "drafts without an MTP layer")
     if deployment.engine == "vllm":
-        require(not (deployment.drafts and layout.pp > 1), "vLLM refuses drafts with pipeline parallelism")
+        require(not (deployment.drafts and layout.pp > 1), "vLLM is not known to run drafts with pipeline stages")
         require(layout.ep in (1, layout.ranks), f"vLLM deals experts over all {layout.ranks} ranks or none")
+    else:
+        both = layout.pp > 1 and layout.dp > 1
+        require(not (deployment.drafts and both), "SGLang refuses drafts with pipeline stages and attention groups")
 
 
 def _program(deployment: Deployment) -> tuple[str, ...]:
@@ -209,6 +212,9 @@ def _sglang(deployment: Deployment, host: str) -> tuple[dict[str, str], list[str
     reasoning, tools = _parsers(deployment)
     arguments += ["--reasoning-parser", reasoning, "--tool-call-parser", tools]
     environment = {"SGLANG_PP_LAYER_PARTITION": _stages(deployment)} if layout.pp > 1 else {}
+    if layout.pp > 1 and deployment.drafts:
+        # Without it SGLang 0.5.23 allows drafts with stages on prefill servers only.
+        environment["SGLANG_ENABLE_PP_SPEC"] = "1"
     return environment, arguments
 
 

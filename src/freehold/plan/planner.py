@@ -3,8 +3,7 @@
     plan(question)                          # everything
     compare([question, question])           # several hardware options, those that fit nothing with the reason
 
-The parts know nothing of one another; they meet here. `Speeds` is the only one that simulates, and it remembers what
-it has simulated, since search, sweep and sensitivity ask for the same again.
+The parts know nothing of one another; they meet here.
 """
 
 from __future__ import annotations
@@ -13,30 +12,55 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, Self
 
 from freehold.errors import FreeholdError, InvalidRequest
 from freehold.plan.answer import Load, Plan, Question, Started
-from freehold.plan.cost import Crossover, Economics, Point, cost_of_fleet, crossover, curve, gpu_hour
+from freehold.plan.cost import Crossover, Economics, Point, Weights, cost_of_fleet, crossover, curve, gpu_hour
 from freehold.plan.emit import Deployment, launch
 from freehold.plan.flags import VERSIONS
+from freehold.plan.flops import flops_per_token
 from freehold.plan.layouts import pp_note
 from freehold.plan.manifest import manifest_yaml
 from freehold.plan.prices import HOURS_A_MONTH, maker
 from freehold.plan.search import Candidate, Found, Option, Sensitivity, search, sensitivity
-from freehold.plan.speeds import Speeds, flops_by_context
+from freehold.plan.speeds import Speeds
 from freehold.plan.types import Cost, Figure, Speed
+from freehold.plan.workload import Workload
 
-_SCREENED = 6  # options of an engine and drafting choice that are simulated, the best by a quick bound
-_SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SCREENED = 2  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
+_SWEEP = (1, 4, 16, 64)
 _CURVE_POINTS = 61
 _CURVE_DECADES = (-1.5, 2.0)  # of the volume that fills one replica
 _FLOPS_AT = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
 
 
-def plan(question: Question, speeds: Speeds | None = None) -> Plan:
+class SpeedModel(Protocol):
+    """What a plan asks about speed, for one workload and its SLOs: `speeds.Speeds`, or a scripted one in tests."""
+
+    @property
+    def workload(self) -> Workload: ...
+
+    def changed(self, workload: Workload) -> Self:
+        """The same model for another workload."""
+
+    def of(self, candidate: Candidate) -> Speed:
+        """One replica under its share of the load."""
+
+    def closed(self, candidate: Candidate, concurrency: int) -> Speed:
+        """One replica with so many requests in flight."""
+
+    def bound(self, candidate: Candidate) -> float:
+        """What ranks candidates before any is simulated; small is good."""
+
+    def weights(self, candidate: Candidate) -> Weights:
+        """GPU time of tokens by kind."""
+
+
+def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     """The whole answer. Raises InsufficientMemory where nothing fits, InvalidRequest where nothing is known to run."""
     began = time.perf_counter()
-    speeds = speeds or Speeds(question.workload, question.slo)
+    speeds = speeds or Speeds(question.workload, question.slo, question.efficiencies)
     hour = gpu_hour(question.cluster.gpu, question.money.tenure, question.money.owning, price=question.money.price)
     found = _search(question, speeds, hour)
     if not found.options:
@@ -57,7 +81,7 @@ def plan(question: Question, speeds: Speeds | None = None) -> Plan:
         api_task=_api_tasks(question, crossovers),
         sensitivities=tuple(_sensitivities(question, speeds, found, chosen)),
         started=tuple(_started(question, found, chosen)),
-        flops=flops_by_context(question.model, _FLOPS_AT),
+        flops=_flops(question),
         gpu_hour=hour,
         maker=maker(question.model.name),
         notes=tuple(_notes(question, chosen)),
@@ -79,7 +103,7 @@ def compare(questions: Sequence[Question]) -> tuple[list[Plan], dict[str, str]]:
     return plans, refusals
 
 
-def _search(question: Question, speeds: Speeds, hour: Figure) -> Found:
+def _search(question: Question, speeds: SpeedModel, hour: Figure) -> Found:
     def speed_of(candidate: Candidate) -> Speed:
         return speeds.of(candidate)
 
@@ -107,7 +131,7 @@ def _nothing_runs(question: Question, found: Found) -> InvalidRequest:
     return InvalidRequest(f"{model} fits memory on {gpu}, but no engine is known to run it there: {whys}", param="on")
 
 
-def _cost(question: Question, candidate: Candidate, speed: Speed, hour: Figure, speeds: Speeds) -> Cost:
+def _cost(question: Question, candidate: Candidate, speed: Speed, hour: Figure, speeds: SpeedModel) -> Cost:
     economics = _economics_of(question, candidate, hour, speed.request_rate)
     return cost_of_fleet(economics, speeds.weights(candidate), candidate.replicas, question.money.task_tokens)
 
@@ -129,10 +153,14 @@ def _economics(question: Question, chosen: Option, hour: Figure, capacity: Figur
     return _economics_of(question, chosen.candidate, hour, capacity)
 
 
-def _sweep(chosen: Option, speeds: Speeds) -> tuple[Load, ...]:
-    """More and more requests in flight, until throughput no longer grows."""
+def _sweep(chosen: Option, speeds: SpeedModel) -> tuple[Load, ...]:
+    """More and more requests in flight, until throughput no longer grows or the caches are full."""
     loads: list[Load] = []
-    for concurrency in _SWEEP:
+    asked = max(1, round(chosen.speed.concurrency))
+    held = max(asked, chosen.candidate.footprint.max_sequences(max(1, round(speeds.workload.mean_tokens))))
+    for concurrency in sorted({*_SWEEP, asked, min(2 * asked, held)}):
+        if loads and concurrency > held:
+            break
         speed = speeds.closed(chosen.candidate, concurrency)
         loads.append(Load(concurrency, speed))
         if len(loads) > 2 and speed.output_rate.value < 1.02 * loads[-2].speed.output_rate.value:
@@ -170,11 +198,11 @@ def _api_tasks(question: Question, crossovers: Sequence[Crossover]) -> Mapping[s
     }
 
 
-def _sensitivities(question: Question, speeds: Speeds, found: Found, chosen: Option) -> list[Sensitivity]:
-    """The cheapest of the options on the front, solved again with one assumption changed."""
+def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen: Option) -> list[Sensitivity]:
+    """What is best with one assumption changed: all that may run is ranked again, and the first simulated again."""
     workload, money = question.workload, question.money
     hour = gpu_hour(question.cluster.gpu, money.tenure, money.owning, price=money.price)
-    contenders = list(dict.fromkeys([chosen.candidate, *(option.candidate for option in found.front[:3])]))
+    contenders = list(dict.fromkeys(option.candidate for option in found.options))
 
     def solve(name: str, value: float) -> Option | None:
         asked, changed_hour, changed_speeds = question, hour, speeds
@@ -187,17 +215,15 @@ def _sensitivities(question: Question, speeds: Speeds, found: Found, chosen: Opt
         else:
             changed_speeds = speeds.changed(workload.with_hit_rate(value))
             asked = replace(question, workload=changed_speeds.workload)
-        options = []
-        for candidate in contenders:
-            speed = changed_speeds.of(candidate)
-            options.append(Option(candidate, speed, _cost(asked, candidate, speed, changed_hour, changed_speeds)))
-        options.sort(key=lambda option: (not option.speed.meets_slo, option.objectives))
-        return options[0]
+        # A price that changes for all leaves the choice as it is.
+        first = chosen.candidate if changed_speeds is speeds else min(contenders, key=changed_speeds.bound)
+        speed = changed_speeds.of(first)
+        return Option(first, speed, _cost(asked, first, speed, changed_hour, changed_speeds))
 
     knobs: dict[str, Sequence[float]] = {
         "utilisation": sorted({0.2, 0.5, 0.8, money.utilisation}),
         "price of a GPU-hour": sorted({hour.low, hour.value, hour.high}),
-        "prefix-cache hit rate": sorted({0.0, 0.5, 0.9, workload.hit_rate}),
+        "prefix-cache hit rate": sorted({0.0, 0.5, 0.9, round(workload.hits, 4)}),
     }
     if chosen.candidate.mtp:
         knobs["acceptance length"] = sorted({1.5, 2.5, workload.acceptance})
@@ -240,6 +266,16 @@ def deployment_of(question: Question, candidate: Candidate) -> Deployment:
         sequences,
         drafts,
         candidate.replicas + question.money.spare,
+    )
+
+
+def _flops(question: Question) -> tuple[tuple[int, float, float], ...]:
+    config = question.model.config
+    contexts = [context for context in _FLOPS_AT if context <= config.max_position_embeddings]
+    contexts = contexts or [config.max_position_embeddings]
+    return tuple(
+        (context, flops_per_token(config, context), flops_per_token(config, context, shared=False))
+        for context in contexts
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from freehold.plan.answer import Plan
+from freehold.plan.calibrate import Recalibrated, mape
 from freehold.plan.cost import Crossing
 from freehold.plan.layouts import engines
 from freehold.plan.search import Option
@@ -254,8 +255,14 @@ def api_words(plan: Plan) -> list[str]:
 
 def front_table(plan: Plan) -> Table:
     table = _table("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out", "SLOs")
-    for option in plan.found.front[:_SHOWN]:
+    shown: set[tuple[object, ...]] = set()
+    for option in plan.found.front:
         candidate = option.candidate
+        # The speed model cannot tell experts cut from experts dealt within one group: the first stands for both.
+        same = (candidate.engine, candidate.mtp, candidate.replicas, *option.objectives)
+        if same in shown or len(shown) == _SHOWN:
+            continue
+        shown.add(same)
         table.add_row(
             layout_name(option),
             engines()[candidate.engine].name + (" MTP" if candidate.mtp else ""),
@@ -329,6 +336,44 @@ def compare_table(plans: Sequence[Plan], refusals: Mapping[str, str]) -> Table:
     for name, why in refusals.items():
         table.add_row(name, why, *[""] * 7)
     return table
+
+
+def calibration_table(found: Recalibrated) -> list[Table]:
+    """Efficiencies before and after, and the error of every run with both."""
+    factors = _table("efficiency", "after")
+    for name, value in found.efficiencies.as_dict().items():
+        shown = f"{value:.1%} of the peak" if name in ("memory", "compute", "links") else f"{value * 1e6:,.1f} us"
+        factors.add_row(name, shown)
+    errors = _table("run", "TTFT before", "after", "TPOT before", "TPOT after")
+    for old, new in zip(found.before, found.after, strict=True):
+        cells = ["" if error is None else f"{error:+.1%}" for error in (old.ttft, new.ttft, old.tpot, new.tpot)]
+        errors.add_row(old.run.name, *cells)
+    means = [
+        f"{mape(values):.1%}" if any(value is not None for value in values) else ""
+        for values in (
+            [one.ttft for one in found.before],
+            [one.ttft for one in found.after],
+            [one.tpot for one in found.before],
+            [one.tpot for one in found.after],
+        )
+    ]
+    errors.add_row("mean absolute error", *means)
+    return [factors, errors]
+
+
+def calibration_as_dict(found: Recalibrated) -> dict[str, Any]:
+    """For JSON: efficiencies, and relative errors (predicted over measured, minus 1) before and after."""
+    return {
+        "efficiencies": found.efficiencies.as_dict(),
+        "runs": [
+            {
+                "run": old.run.name,
+                "ttft": {"measured": old.run.ttft, "before": old.ttft, "after": new.ttft},
+                "tpot": {"measured": old.run.tpot, "before": old.tpot, "after": new.tpot},
+            }
+            for old, new in zip(found.before, found.after, strict=True)
+        ],
+    }
 
 
 def _in_flight(option: Option) -> float:

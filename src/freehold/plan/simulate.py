@@ -15,6 +15,7 @@ Equal decode steps are done many at once (`engine.leap`), with the same result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -307,7 +308,7 @@ class _Simulation:
     def _leap(self, step: StepInput) -> None:
         """The equal steps that follow, up to the next that comes."""
         running = self.scheduler.running
-        steps = min(steady_steps(self.scheduler, step, 1 + self.times.drafts), _MOST_AT_ONCE)
+        steps = min(steady_steps(self.scheduler, step, math.ceil(self.loop.acceptance)), _MOST_AT_ONCE)
         if steps < 1:
             return
         gain = self.loop.acceptance

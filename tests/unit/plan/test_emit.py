@@ -139,13 +139,16 @@ def test_bytes_are_added_up() -> None:
         check_arithmetic(dataclasses.replace(good, footprint=odd))
 
 
-def test_vllm_refuses_drafts_in_a_pipeline() -> None:
+def test_drafts_in_a_pipeline() -> None:
     cuts = stage_cuts(load("glm-5.2-fp8"), 2)
     assert cuts is not None
     layout = Layout(tp=8, pp=2, cuts=cuts)
-    with pytest.raises(InvalidRequest, match="drafts with pipeline"):
+    with pytest.raises(InvalidRequest, match="not known to run drafts with pipeline"):
         launch(deployment("vllm", layout, on="h200", drafts=3))
-    assert launch(deployment("sglang", layout, on="h200", drafts=3)).commands
+    assert launch(deployment("sglang", layout, on="h200", drafts=3)).environment["SGLANG_ENABLE_PP_SPEC"] == "1"
+    groups = Layout(tp=1, dp=8, ep=8, pp=2, cuts=cuts)
+    with pytest.raises(InvalidRequest, match="SGLang refuses drafts"):
+        launch(deployment("sglang", groups, on="h200", drafts=3))
 
 
 def test_a_flag_that_the_engine_lacks_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -> None:
