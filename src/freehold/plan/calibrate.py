@@ -17,15 +17,13 @@ Seven numbers stand for all hardware, models and precisions; rows are never fitt
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from freehold.errors import ConfigError, InvalidRequest
+from freehold.errors import InvalidRequest
 from freehold.plan.measured import Measured, runs, table
 from freehold.plan.roofline import CAUSES, Efficiencies, Work
 from freehold.plan.simulate import Served
@@ -192,21 +190,6 @@ def mape(errors: Iterable[float | None]) -> float:
 def bundled() -> Efficiencies:
     """The efficiencies that Freehold comes with."""
     return Efficiencies(**table()["efficiencies"])
-
-
-def write_efficiencies(path: str | Path, efficiencies: Efficiencies) -> None:
-    """As TOML that `read_efficiencies` takes."""
-    lines = [f"{name} = {value!r}" for name, value in efficiencies.as_dict().items()]
-    Path(path).write_text("\n".join(["[efficiencies]", *lines, ""]), encoding="utf-8")
-
-
-def read_efficiencies(path: str | Path) -> Efficiencies:
-    """Raises ConfigError for a file that is none, or figures that cannot be."""
-    try:
-        entry = tomllib.loads(Path(path).read_text(encoding="utf-8"))["efficiencies"]
-        return Efficiencies(**{name: float(value) for name, value in entry.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: no efficiencies as `freehold plan calibrate` writes them: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
