@@ -16,7 +16,8 @@ To add a command:
     llguidance needs no code either: its `ModuleNotFoundError` becomes the line that installs the extra.
 2.  Add a line to `COMMANDS`. Its summary is the first line of the function's docstring (a test compares them).
     A group of commands, as `train`, is such a function, which does nothing, in a module with a table `SUBCOMMANDS`:
-    name → (module, summary), each with a function of that name.
+    name → (module, summary), each with a function of that name. With `RUNS_ALONE = True` its own function does run
+    where no sub-command is named, as `plan`.
 3.  `make docs`: writes the new options to `tests/golden/cli.txt` and `docs/reference/cli.md`, for review.
 
 Only the command that was asked for is imported: the others stand in the help by their summaries. That keeps
@@ -43,6 +44,7 @@ COMMANDS: Mapping[str, str] = {
     "quantize": "Write an int8, int4 or FP8 copy of a checkpoint, and measure it.",
     "debug": "Name the first layer whose output differs from transformers'.",
     "train": "Train a small model from nothing, or fine-tune one on your own chats.",
+    "plan": "Size a deployment: memory, speed, cost, and how to launch it.",
     "bench": "Measure where time goes, or what 8-bit caches cost in quality.",
 }
 
@@ -116,7 +118,8 @@ def _typer(name: str) -> typer.Typer:
 
 def _group(name: str, table: Mapping[str, tuple[str, str]], wanted: set[str]) -> typer.Typer:
     group = _typer(name)
-    group.callback(no_args_is_help=True)(load_command(name))
+    alone = getattr(importlib.import_module(f"freehold.cli.{_attribute(name)}"), "RUNS_ALONE", False)
+    group.callback(invoke_without_command=alone, no_args_is_help=not alone)(load_command(name))
     for within, (_, summary) in table.items():
         words = f"{name} {within}"
         group.command(within, short_help=summary)(load_command(words) if words in wanted else _unloaded)

@@ -193,7 +193,7 @@ class Scheduler:
 
     def _reserve(self, request: Request) -> bool:
         """Make the table cover the last token and its drafts, preempting the youngest until it fits."""
-        positions = self._positions_wanted(request)
+        positions = self.positions_wanted(request)
         table = request.table
         if positions <= len(table.blocks) * self.blocks.block_size:
             return True
@@ -213,7 +213,7 @@ class Scheduler:
         """Give a waiting request blocks for all its tokens, beginning with those the prefix cache has."""
         prefix = self.blocks.find_prefix(request.table, request.token_ids) if self._may_share(request) else []
         # A spare block for each running request keeps it from preempting the newcomer as soon as its own is full.
-        wanted = self._positions_wanted(request)
+        wanted = self.positions_wanted(request)
         if not self.blocks.allocate(request.table, wanted, prefix, spare=len(self.running)):
             return False
         request.num_computed_tokens = len(prefix) * self.blocks.block_size
@@ -262,9 +262,12 @@ class Scheduler:
             self.counters.prefix_queries += request.num_prompt_tokens
             self.counters.prefix_hits += request.num_cached_tokens
 
-    def _positions_wanted(self, request: Request) -> int:
-        """Positions to hold a place in the cache for: all known tokens, and drafts as far as the request can go."""
-        known = len(request.token_ids)
+    def positions_wanted(self, request: Request, more: int = 0) -> int:
+        """Positions to hold a place in the cache for: all known tokens, and drafts as far as the request can go.
+
+        more: as it will be when so many more tokens are known.
+        """
+        known = len(request.token_ids) + more
         drafts = self.config.num_draft_tokens
         if not drafts:
             return known

@@ -143,13 +143,13 @@ def _stage(
         spans = [(part, first, end)] + ([("mtp", layers, layers + 1)] if mtp and last else [])
         for counted_as, start, stop in spans:
             (before, none_yet), (after, all_of_them) = totals[start], totals[stop]
-            ways = _ways(module, layout, engine)
-            weights[counted_as] += -(-(after - before) // ways)
+            cut = ways(module, layout, engine)
+            weights[counted_as] += -(-(after - before) // cut)
             if module == "kv_b_proj":
-                absorbed += -(-(all_of_them - none_yet) * _ABSORBED_BYTES // ways)
+                absorbed += -(-(all_of_them - none_yet) * _ABSORBED_BYTES // cut)
     for entry in model.stored:
         if entry.layer is None and _outside_layers(entry, stage == 0, last, mtp):
-            weights[entry.part] += -(-entry.total // _ways(entry.module, layout, engine))
+            weights[entry.part] += -(-entry.total // ways(entry.module, layout, engine))
     held = [*range(first, end), *([layers] if mtp and last else [])]
     latent, index = (sum(sizes) for sizes in zip(*(cache.layer_bytes(config, layer) for layer in held), strict=True))
     return MappingProxyType({part: size for part, size in weights.items() if size}), latent, index, absorbed
@@ -161,7 +161,7 @@ def _outside_layers(entry: Stored, first: bool, last: bool, mtp: bool) -> bool:
     return last
 
 
-def _ways(module: Module, layout: Layout, engine: Engine) -> int:
+def ways(module: Module, layout: Layout, engine: Engine) -> int:
     """Over how many ranks a module's matrices are cut."""
     if module == "experts":
         return layout.ranks

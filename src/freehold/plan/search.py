@@ -102,6 +102,7 @@ def candidates(
     have room for. Every candidate fills the cluster with replicas. Raises InsufficientMemory if nothing fits at all,
     with what would.
     """
+    weights = model.total_bytes
     run: list[Candidate] = []
     fit: list[Unknown] = []
     too_large = 0
@@ -111,7 +112,7 @@ def candidates(
             if mtp and not known.mtp:
                 continue
             for layout in layouts(model, cluster, engine):
-                if model.total_bytes > layout.gpus * cluster.gpu.memory:
+                if weights > layout.gpus * cluster.gpu.memory:
                     too_large += 1
                     continue
                 memory = footprint(model, cluster.gpu, layout, engine, cache=cache, mtp=mtp)
@@ -120,7 +121,7 @@ def candidates(
                     continue
                 copies = cluster.gpus // layout.gpus
                 made = Candidate(model, cluster.gpu, engine, layout, memory, known, copies, mtp)
-                why = _why_not(known, layout, cache)
+                why = _why_not(known, layout, cache, mtp=mtp)
                 if why is None:
                     run.append(made)
                 else:
@@ -219,7 +220,7 @@ def sensitivity(
     return sorted(found, key=lambda one: -one.spread)
 
 
-def _why_not(known: Support, layout: Layout, cache: CacheFormat | None) -> str | None:
+def _why_not(known: Support, layout: Layout, cache: CacheFormat | None, *, mtp: bool) -> str | None:
     name = engines()[known.engine].name
     source = "" if known.source is None else f" ({known.source.where}, {known.source.date})"
     if known.status == "patched":
@@ -228,6 +229,10 @@ def _why_not(known: Support, layout: Layout, cache: CacheFormat | None) -> str |
         return f"{name} is not known to run it: {known.note}{source}"
     if layout.dp > 1 and not known.dp:
         return f"{name} is not known to run it with attention in data-parallel groups on this hardware{source}"
+    if mtp and layout.pp > 1 and known.engine == "vllm":
+        return f"{name} is not known to run drafts with pipeline stages"
+    if mtp and layout.pp > 1 and layout.dp > 1:
+        return f"{name} refuses drafts with pipeline stages and attention in data-parallel groups"
     if cache is not None and cache.latent not in known.caches:
         return f"{name} has no {cache.latent} cache for sparse attention on this hardware{source}"
     return None
