@@ -114,7 +114,7 @@ def _runs(kind: str) -> tuple[Measured, ...]:
             group["chunk"],
         )
         source = Source(**table()["sources"][group["source"]])
-        spread = group.get("spread", _SPREAD)
+        spread, each = group.get("spread", _SPREAD), group.get("per_caller", _PER_CALLER)
         for prompt, output, concurrency, ttft, tpot in group["rows"]:
             workload = Workload(
                 Lengths(int(prompt * spread), prompt),
@@ -124,7 +124,7 @@ def _runs(kind: str) -> tuple[Measured, ...]:
                 acceptance_length=group.get("acceptance"),
             )
             seen = [value / 1e3 if value else None for value in (ttft, tpot)]
-            made.append(Measured(setup, workload, _PER_CALLER * concurrency, seen[0], seen[1], source))
+            made.append(Measured(setup, workload, each * concurrency, seen[0], seen[1], source))
     return tuple(made)
 
 
@@ -148,7 +148,8 @@ def read_results(path: str | Path, setup: Setup, *, drafts: int = 0, acceptance:
     numbers = _aiperf(path, document) if "time_to_first_token" in document else _bench(path, document)
     concurrency, requests = round(numbers["concurrency"]), round(numbers["requests"])
     workload = Workload(
-        *(Lengths(*([max(1, round(numbers[name]))] * 2)) for name in ("prompt", "output")),
+        _fixed(numbers["prompt"]),
+        _fixed(numbers["output"]),
         concurrency,
         drafts=drafts,
         acceptance_length=acceptance,
@@ -157,6 +158,11 @@ def read_results(path: str | Path, setup: Setup, *, drafts: int = 0, acceptance:
         raise InvalidRequest("a run with drafts needs its acceptance length: the same head gives from 1.6 to 6")
     named = replace(setup, group=setup.group or path.name)
     return Measured(named, workload, requests, numbers["ttft"], numbers["tpot"], Source(str(path), "own run"))
+
+
+def _fixed(mean: float) -> Lengths:
+    tokens = max(1, round(mean))
+    return Lengths(tokens, tokens)
 
 
 def _aiperf(path: Path, document: Mapping[str, Any]) -> dict[str, float]:

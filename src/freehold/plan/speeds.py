@@ -11,11 +11,12 @@ remembered: a search, a sweep and a sensitivity analysis ask for the same again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from freehold.plan.accuracy import Expected, expected
 from freehold.plan.calibrate import bundled
 from freehold.plan.cost import Weights
 from freehold.plan.lengths import Call
@@ -25,7 +26,6 @@ from freehold.plan.simulate import EngineLimits, Loop, Run, simulate
 from freehold.plan.types import Engine, Figure, Gpu, Layout, Percentiles, Slo, Speed
 from freehold.plan.workload import Workload
 
-_SOURCE = "roofline with efficiencies calibrated on published runs, through the real scheduler"
 _FEWEST, _MOST = 32, 128  # calls of a closed loop that are measured: one round, within these
 _SEED = 7
 _CHUNK = {"vllm": 8192, "sglang": 8192, "freehold": 2048}
@@ -117,7 +117,9 @@ class Speeds:
         key = (replace(candidate, replicas=1), load)
         if key not in self._made:
             run = self._run(candidate, load)
-            self._made[key] = self._reported(run, load)
+            drafts = load.drafts if candidate.mtp else 0
+            worth = expected(candidate.engine, candidate.gpu, candidate.model, candidate.layout, drafts=drafts)
+            self._made[key] = self._reported(run, load, worth)
         return self._made[key]
 
     def _run(self, candidate: Candidate, load: Workload) -> Run:
@@ -127,7 +129,7 @@ class Speeds:
         gain = load.acceptance if candidate.mtp else 1.0
         return simulate(self._step_times(candidate), self.efficiencies, _loop(load, gain), limits)
 
-    def _reported(self, run: Run, load: Workload) -> Speed:
+    def _reported(self, run: Run, load: Workload, worth: Expected) -> Speed:
         ttft = [one.ttft for one in run.served]
         tpot = [one.tpot for one in run.served if one.tpot is not None] or [0.0]
         whole = [one.last - one.sent for one in run.served]
@@ -139,15 +141,15 @@ class Speeds:
             rate = min(load.rate, run.finished / run.seconds)
         within = [self._within(one.ttft, one.tpot) for one in run.served]
         tokens = load.tokens
-        rates = [_interval(rate * amount, _OUTPUT) for amount in (tokens.prompt, tokens.cached, tokens.output, 1.0)]
+        rates = [worth.of_rate(rate * amount) for amount in (tokens.prompt, tokens.cached, tokens.output, 1.0)]
         return Speed(
-            ttft=_percentiles(ttft, _TTFT),
-            tpot=_percentiles(tpot, _TPOT),
+            ttft=_percentiles(ttft, worth.of_ttft),
+            tpot=_percentiles(tpot, worth.of_tpot),
             input_rate=rates[0],
             cached_rate=rates[1],
             output_rate=rates[2],
             request_rate=rates[3],
-            goodput=_interval(rate * sum(within) / len(within), _OUTPUT),
+            goodput=worth.of_rate(rate * sum(within) / len(within)),
             concurrency=rate * float(np.mean(whole)),
             starved=run.starved,
             meets_slo=100.0 * sum(within) / len(within) >= self.slo.percentile,
@@ -157,9 +159,6 @@ class Speeds:
         late = self.slo.ttft is not None and ttft > self.slo.ttft
         slow = self.slo.tpot is not None and tpot is not None and tpot > self.slo.tpot
         return not (late or slow)
-
-
-_TTFT, _TPOT, _OUTPUT = (0.8, 1.25), (0.93, 1.07), (0.92, 1.08)
 
 
 def _loop(load: Workload, gain: float) -> Loop:
@@ -187,10 +186,6 @@ def _begun(load: Workload) -> Sequence[Call]:
     return begun
 
 
-def _percentiles(values: Sequence[float], ends: tuple[float, float]) -> Percentiles:
-    p50, p90, p99 = (float(value) for value in np.percentile(values, [50, 90, 99]))
-    return Percentiles(*(_interval(value, ends) for value in (p50, p90, p99, float(np.mean(values)))))
-
-
-def _interval(value: float, ends: tuple[float, float]) -> Figure:
-    return Figure(value, value * ends[0], value * ends[1], "roofline", _SOURCE)
+def _percentiles(values: Sequence[float], figure: Callable[[float], Figure]) -> Percentiles:
+    p50, p90, p99 = (figure(float(value)) for value in np.percentile(values, [50, 90, 99]))
+    return Percentiles(p50, p90, p99, figure(float(np.mean(values))))
