@@ -18,7 +18,7 @@ from freehold.errors import FreeholdError, InvalidRequest
 from freehold.plan.answer import Load, Plan, Question, Started
 from freehold.plan.cost import Crossover, Economics, Point, Weights, cost_of_fleet, crossover, curve, gpu_hour
 from freehold.plan.emit import Deployment, launch
-from freehold.plan.flags import VERSIONS
+from freehold.plan.flags import VERSIONS, ServingEngine
 from freehold.plan.flops import flops_per_token
 from freehold.plan.layouts import pp_note
 from freehold.plan.manifest import manifest_yaml
@@ -238,18 +238,18 @@ def _started(question: Question, found: Found, chosen: Option) -> list[Started]:
     made = []
     for option in best.values():
         candidate = option.candidate
-        if candidate.engine == "freehold":
+        engine = next((known for known in VERSIONS if known == candidate.engine), None)
+        if engine is None:
             continue
-        deployment = deployment_of(question, candidate)
+        deployment = deployment_of(question, candidate, engine)
         image = candidate.gpu.kind in ("cuda", "rocm")
         made.append(Started(option, deployment, launch(deployment), manifest_yaml(deployment) if image else None))
     return made
 
 
-def deployment_of(question: Question, candidate: Candidate) -> Deployment:
+def deployment_of(question: Question, candidate: Candidate, engine: ServingEngine) -> Deployment:
     """What to launch for a candidate: as much context as fits, as many sequences as the load and the caches want."""
     room, workload = candidate.footprint, question.workload
-    assert candidate.engine in VERSIONS
     context = room.max_context
     held = room.max_sequences(max(1, math.ceil(workload.mean_tokens)))
     # A little above what is expected at once: the caches, not the limit, should decide.
@@ -260,7 +260,7 @@ def deployment_of(question: Question, candidate: Candidate) -> Deployment:
     return Deployment(
         candidate.model,
         candidate.gpu,
-        candidate.engine,
+        engine,
         room,
         context,
         sequences,
