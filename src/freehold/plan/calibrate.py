@@ -8,9 +8,9 @@ they are linear in the factors. A fit simulates all runs, solves for the factors
 absolute value, nearly: single runs are off by a third for reasons of their own), and repeats until they stay. Factors
 are bounded by physics (no more than the peak, no negative times) and, where runs say little, drawn to what is usual:
 
-    memory      0.83 of the peak, as large copies reach
-    links       0.7 of the peak, as large all-reduces reach
-    sequences   nothing, unless runs show it
+    memory                           0.83 of the peak, as large copies reach
+    links                            0.7 of the peak, as large all-reduces reach
+    launches, sequences, requests    nothing, unless runs show it: they can stand for one another where runs are few
 
 Seven numbers stand for all hardware, models and precisions; rows are never fitted one by one.
 """
@@ -28,14 +28,14 @@ from freehold.plan.measured import Measured, runs, table
 from freehold.plan.roofline import CAUSES, Efficiencies, Work
 from freehold.plan.simulate import Served
 
-_TTFT_WEIGHT, _TPOT_WEIGHT = 0.5, 1.0
 _SMALL = 0.03  # relative errors below are as good as none
 _ROUNDS, _REWEIGHTINGS, _SWEEPS = 6, 30, 4000
 _LOWEST = np.array([float(cause in ("memory", "compute", "links")) for cause in CAUSES])
 _USUAL = {"memory": (1 / 0.83, 3.0), "links": (1 / 0.7, 2.0)}  # factor, strength
-_SEQUENCE_SCALE, _SEQUENCE_STRENGTH = 30e-6, 0.3
+_COST = {"launches": 30e-6, "sequences": 30e-6, "requests": 50e-3}  # a size at which it counts
+_COST_STRENGTH = 0.3
 START = Efficiencies(
-    memory=0.83, compute=0.115, links=0.7, kernels=3.6e-6, launches=27e-6, sequences=25e-6, requests=15e-3
+    memory=0.83, compute=0.11, links=0.7, kernels=3.6e-6, launches=25e-6, sequences=13e-6, requests=60e-3
 )
 Floats = NDArray[np.float64]
 
@@ -100,22 +100,19 @@ def fit(measured: Sequence[Measured], start: Efficiencies = START, *, rounds: in
 
 def solve(measured: Sequence[Measured], outcomes: Sequence[Outcome], around: Efficiencies) -> Floats:
     """The best factors for given amounts: least absolute relative errors, by reweighted least squares."""
-    rows: list[Floats] = []
-    weights: list[float] = []
-    for run, found in zip(measured, outcomes, strict=True):
-        pairs = ((run.ttft, found.to_first, _TTFT_WEIGHT), (run.tpot, found.per_token, _TPOT_WEIGHT))
-        for seen, work, weight in pairs:
-            if seen is not None:
-                rows.append(np.array(work) / seen)
-                weights.append(weight)
-    matrix, weight_of = np.array(rows), np.array(weights)
+    pairs = [
+        pair
+        for run, found in zip(measured, outcomes, strict=True)
+        for pair in ((run.ttft, found.to_first), (run.tpot, found.per_token))
+    ]
+    matrix = np.array([np.array(work) / seen for seen, work in pairs if seen is not None])
     # In units in which every factor is about 1.
     scale = np.maximum(np.array(around.factors), np.array(START.factors) * 1e-3)
     prior, target = _priors(scale)
-    reweighted = np.ones(len(rows))
+    reweighted = np.ones(len(matrix))
     unknowns = np.array(around.factors) / scale
     for _ in range(_REWEIGHTINGS):
-        each = weight_of * np.sqrt(reweighted)
+        each = np.sqrt(reweighted)
         left = np.vstack([matrix * scale * each[:, None], prior])
         right = np.concatenate([each, target])
         unknowns = _bounded(left, right, _LOWEST / scale, unknowns)
@@ -133,10 +130,13 @@ def _priors(scale: Floats) -> tuple[Floats, Floats]:
         row[at] = strength * scale[at] / usual
         prior.append(row)
         target.append(strength)
-    row = np.zeros(len(CAUSES))
-    at = CAUSES.index("sequences")
-    row[at] = _SEQUENCE_STRENGTH * scale[at] / _SEQUENCE_SCALE
-    return np.array([*prior, row]), np.array([*target, 0.0])
+    for cause, size in _COST.items():
+        row = np.zeros(len(CAUSES))
+        at = CAUSES.index(cause)
+        row[at] = _COST_STRENGTH * scale[at] / size
+        prior.append(row)
+        target.append(0.0)
+    return np.array(prior), np.array(target)
 
 
 def _bounded(left: Floats, right: Floats, lowest: Floats, start: Floats) -> Floats:

@@ -96,8 +96,8 @@ class Efficiencies:
 
     @classmethod
     def from_factors(cls, factors: Sequence[float]) -> Efficiencies:
-        shares = [1 / max(1.0, factor) for factor in factors[:3]]
-        return cls(*shares, *(max(0.0, factor) for factor in factors[3:]))
+        shares = [1 / max(1.0, float(factor)) for factor in factors[:3]]
+        return cls(*shares, *(max(0.0, float(factor)) for factor in factors[3:]))
 
     def as_dict(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
