@@ -25,10 +25,10 @@ from freehold.plan.manifest import manifest_yaml
 from freehold.plan.prices import HOURS_A_MONTH, maker
 from freehold.plan.search import Candidate, Found, Option, Sensitivity, search, sensitivity
 from freehold.plan.speeds import Speeds
-from freehold.plan.types import Cost, Figure, Speed
+from freehold.plan.types import Cost, Figure, Slo, Speed
 from freehold.plan.workload import Workload
 
-_SCREENED = 2  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
+_SCREENED = 4  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
 _SWEEP = (1, 4, 16, 64)
 _CURVE_POINTS = 61
 _CURVE_DECADES = (-1.5, 2.0)  # of the volume that fills one replica
@@ -40,6 +40,9 @@ class SpeedModel(Protocol):
 
     @property
     def workload(self) -> Workload: ...
+
+    @property
+    def slo(self) -> Slo: ...
 
     def changed(self, workload: Workload) -> Self:
         """The same model for another workload."""
@@ -158,7 +161,8 @@ def _sweep(chosen: Option, speeds: SpeedModel) -> tuple[Load, ...]:
     loads: list[Load] = []
     asked = max(1, round(chosen.speed.concurrency))
     held = max(asked, chosen.candidate.footprint.max_sequences(max(1, round(speeds.workload.mean_tokens))))
-    for concurrency in sorted({*_SWEEP, asked, min(2 * asked, held)}):
+    promised = speeds.slo.ttft is not None or speeds.slo.tpot is not None
+    for concurrency in sorted({*_SWEEP, asked, min(2 * asked, held) if promised else asked}):
         if loads and concurrency > held:
             break
         speed = speeds.closed(chosen.candidate, concurrency)
@@ -204,6 +208,13 @@ def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen:
     hour = gpu_hour(question.cluster.gpu, money.tenure, money.owning, price=money.price)
     contenders = list(dict.fromkeys(option.candidate for option in found.options))
 
+    def changed(other: Workload) -> SpeedModel:
+        return (
+            speeds
+            if other.tokens == workload.tokens and other.acceptance == workload.acceptance
+            else (speeds.changed(other))
+        )
+
     def solve(name: str, value: float) -> Option | None:
         asked, changed_hour, changed_speeds = question, hour, speeds
         if name == "utilisation":
@@ -211,9 +222,9 @@ def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen:
         elif name == "price of a GPU-hour":
             changed_hour = Figure.exact(value, "sensitivity")
         elif name == "acceptance length":
-            changed_speeds = speeds.changed(workload.with_acceptance(value))
+            changed_speeds = changed(workload.with_acceptance(value))
         else:
-            changed_speeds = speeds.changed(workload.with_hit_rate(value))
+            changed_speeds = changed(workload.with_hit_rate(value))
             asked = replace(question, workload=changed_speeds.workload)
         # A price that changes for all leaves the choice as it is.
         first = chosen.candidate if changed_speeds is speeds else min(contenders, key=changed_speeds.bound)
