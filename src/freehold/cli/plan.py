@@ -134,7 +134,10 @@ def calibrate(
 RUNS_ALONE = True
 SUBCOMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("freehold.cli.plan", "Several hardware options side by side."),
-    "calibrate": ("freehold.cli.plan", "Refit the speed model to measured runs, and show their residuals before and after."),
+    "calibrate": (
+        "freehold.cli.plan",
+        "Refit the speed model to measured runs, and show their residuals before and after.",
+    ),
 }
 
 
