@@ -47,11 +47,11 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     losses.set_ylabel("loss (nats a token)")
     losses.set_ylim(bottom=0)
     losses.grid(alpha=0.3)
-    losses.legend(fontsize=8)
+    losses.legend(fontsize=8, loc="upper right")  # "best" searches, which takes long in a long log
     rates.set_xlabel("million tokens of training")
     rates.set_yscale("log")
     rates.grid(alpha=0.3)
-    rates.legend(fontsize=8)
+    rates.legend(fontsize=8, loc="upper right")
     figure.savefig(out, dpi=120, format="png")
 
 

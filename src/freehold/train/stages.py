@@ -36,7 +36,7 @@ from freehold.train.shape import with_ends
 from freehold.train.tokenizer import generated_tokenizer, train_tokenizer
 
 MODEL_NAME = "model"
-_HELD_OUT_TOKENS = 30_000
+_HELD_OUT_TOKENS = 30_000  # whose loss is measured; less in short stages
 _HELD_OUT_SHARE = 0.05  # of the user's chats
 Report = Callable[[StepReport], None]
 
@@ -97,7 +97,7 @@ class Source:
         template = ChatTemplate.builtin()
         if not self.text and not self.chats:
             settings = stage.corpus()
-            held_out = replace(settings, split="test", tokens=_HELD_OUT_TOKENS * 2)
+            held_out = replace(settings, split="test", tokens=min(2 * _HELD_OUT_TOKENS, max(1, stage.tokens // 5)))
             return (
                 build(directory / "train", settings, tokenizer, template, progress=progress),
                 build(directory / "test", held_out, tokenizer, template),
