@@ -140,7 +140,7 @@ def _plan(plan: Plan, *, alone: bool) -> str:
         (str(plan.chosen.candidate), "recommended" if plan.meets else "nearest"),
         (seconds(speed.ttft.p90.value), "to the first token, p90"),
         (seconds(speed.tpot.p90.value), "a token, p90"),
-        (dollars(cost.per_mtok_output.value), "a million output tokens"),
+        (dollars(cost.per_mtok_whole.value), "a million output tokens, with prompts"),
         (dollars(cost.per_hour.value), "an hour"),
     ]
     big = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in figures)

@@ -40,7 +40,7 @@ def test_the_cheapest_that_meets_the_promises() -> None:
     assert made.meets
     assert made.chosen.speed.tpot.p90.value <= 0.05
     others = [option for option in made.found.options if option.speed.meets_slo]
-    assert made.chosen.cost.per_mtok_output.value == min(option.cost.per_mtok_output.value for option in others)
+    assert made.chosen.cost.per_mtok_whole.value == min(option.cost.per_mtok_whole.value for option in others)
 
 
 def test_the_nearest_if_nothing_meets_them() -> None:
@@ -186,7 +186,7 @@ def test_hit_rates_acceptance_price_and_utilisation_are_varied() -> None:
     assert {"utilisation", "price of a GPU-hour", "prefix-cache hit rate"} <= names
     assert ("acceptance length" in names) == made.chosen.candidate.mtp
     dear = next(item for item in made.sensitivities if item.name == "price of a GPU-hour")
-    costs = [point.option.cost.per_mtok_output.value for point in dear.points if point.option is not None]
+    costs = [point.option.cost.per_mtok_whole.value for point in dear.points if point.option is not None]
     assert costs == sorted(costs)
 
 
