@@ -284,8 +284,11 @@ def layout_name(option: Option) -> str:
 def other_words(plan: Plan) -> list[str]:
     found = plan.found
     words = [
-        "* US dollars a million output tokens, with the prompts that go with them. "
-        f"{len(found.options)} options evaluated; {found.too_large} layouts do not fit memory."
+        "* US dollars a million output tokens, with the prompts that go with them.",
+        (
+            f"{len(found.options)} options evaluated; {found.too_large} layouts do not fit memory. Of those that cost "
+            "nearly the same, the one with the fewest stages, attention groups and machines is recommended."
+        ),
     ]
     by_reason: dict[str, list[str]] = {}
     for item in found.unknown:

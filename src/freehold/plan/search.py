@@ -58,7 +58,7 @@ class Option:
 
     @property
     def objectives(self) -> tuple[float, float, float]:
-        """What is to be small: dollars a million output tokens (prompts included), seconds a token, seconds to the first one."""
+        """What is to be small: dollars a million output tokens and their prompts, seconds a token, to the first one."""
         return (self.cost.per_mtok_whole.value, self.speed.tpot.p90.value, self.speed.ttft.p90.value)
 
 
