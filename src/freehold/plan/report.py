@@ -322,8 +322,8 @@ def maker_words(plan: Plan) -> list[str]:
     return [f"Weights by {maker.name}, licence {licence} ({source}).", *maker.notes]
 
 
-def compare_table(plans: Sequence[Plan], refusals: Mapping[str, str]) -> Table:
-    """Several hardware options side by side, each with its chosen option; `refusals` say why others have none."""
+def compare_table(plans: Sequence[Plan]) -> Table:
+    """Several hardware options side by side, each with its chosen option."""
     table = _table("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
     for plan in plans:
         option, candidate = plan.chosen, plan.chosen.candidate
@@ -339,9 +339,12 @@ def compare_table(plans: Sequence[Plan], refusals: Mapping[str, str]) -> Table:
             dollars(option.cost.per_mtok_whole.value),
             "met" if option.speed.meets_slo else "not met",
         )
-    for name, why in refusals.items():
-        table.add_row(name, why, *[""] * 7)
     return table
+
+
+def refusal_lines(refusals: Mapping[str, str]) -> list[str]:
+    """Why other hardware has no plan."""
+    return [f"{name}: {why}" for name, why in refusals.items()]
 
 
 def calibration_table(found: Recalibrated) -> list[Table]:
@@ -389,7 +392,7 @@ def _in_flight(option: Option) -> float:
 def _table(*columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(columns):
         numeric = index > 0 and name not in ("layout", "engine", "values", "choice", "between", "SLOs", "")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")

@@ -74,6 +74,10 @@ def test_eight_h200_hold_half_a_million_tokens_in_fp8() -> None:
     said(f"about {round(plain.max_context, -4):,}")
     bf16 = footprint(model, gpu("h200"), Layout(tp=8), "vllm", cache=CacheFormat("bf16"))
     said(f"about {round(bf16.max_context, -4):,}")
+    cuts = stage_cuts(model, 4)
+    assert cuts is not None
+    staged = footprint(model, gpu("h200"), Layout(tp=2, pp=4, cuts=cuts), "vllm")
+    assert staged.max_context == MILLION
     for smaller in ("glm-5.2-w4a16", "glm-5.2-nvfp4"):
         assert footprint(load(smaller), gpu("h200"), Layout(tp=8), "vllm").max_context == MILLION
     assert footprint(model, gpu("b200"), Layout(tp=8), "vllm").max_context == MILLION
