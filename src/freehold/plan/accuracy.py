@@ -8,7 +8,8 @@ Three distances from what was measured (`calibration.toml`):
     apart   another GPU or precision, else alike: residuals of groups that were left out of the fit
     far     another engine or vendor, drafts, IndexShare, several nodes or attention groups: what such runs show
 
-An interval holds measured over predicted for nine runs of ten (all, where there are few), one factor for each side.
+An interval holds measured over predicted: nine runs of ten of the first two kinds, twice the range of the few runs of
+the last.
 """
 
 from __future__ import annotations

@@ -239,6 +239,11 @@ class StepTimes:
         config = self.model.config
         return float(1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** (rows**_EVENNESS))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a token takes in the caches of all layers."""
+        return self.layers * self._latent + self.full * self._index
+
     @cached_property
     def _kernels(self) -> int:
         """Kernels of a pass through the whole model."""

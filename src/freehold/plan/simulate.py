@@ -162,7 +162,7 @@ class _Simulation:
             max_num_seqs=sequences,
             max_num_batched_tokens=limits.chunk + sequences * (1 + drafts),
             num_draft_tokens=drafts,
-            cache_bytes_per_token=1,
+            cache_bytes_per_token=times.cache_bytes,
         )
         blocks = BlockManager(max(1, limits.cache_tokens // _BLOCK), _BLOCK, enable_prefix_cache=False)
         self.scheduler = _WarmScheduler(config, blocks)

@@ -17,7 +17,7 @@ from freehold.plan.models import load
 from freehold.plan.roofline import Efficiencies
 from freehold.plan.types import CacheFormat, Layout
 
-SMALL = [run for run in runs() if run.requests <= 80]
+SMALL = [run for run in runs() if run.requests <= 40]
 TRUTH = Efficiencies(0.7, 0.2, 0.7, 5e-6, 15e-6, 0.0, 0.03)
 
 

@@ -124,7 +124,7 @@ def test_stages_take_turns() -> None:
 
 @pytest.mark.parametrize("wrong", [{"memory": 0.0}, {"compute": 1.5}, {"links": -1.0}, {"kernels": -1e-6}])
 def test_efficiencies_that_cannot_be(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="share|negative"):
+    with pytest.raises(ValueError, match=r"share|negative"):
         Efficiencies(**(SOME.as_dict() | wrong))
 
 
