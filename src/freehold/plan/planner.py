@@ -30,6 +30,7 @@ from freehold.plan.workload import Workload
 
 _SCREENED = 4  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
 _SWEEP = (1, 4, 16, 64)
+_NEARLY = 0.05  # a difference in cost that predictions cannot tell
 _CURVE_POINTS = 61
 _CURVE_DECADES = (-1.5, 2.0)  # of the volume that fills one replica
 _FLOPS_AT = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
@@ -68,7 +69,7 @@ def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     found = _search(question, speeds, hour)
     if not found.options:
         raise _nothing_runs(question, found)
-    chosen = found.best or found.options[0]
+    chosen = _choose(found)
     sweep = _sweep(chosen, speeds)
     economics = _economics(question, chosen, hour, _capacity(chosen, sweep, question))
     crossovers = tuple(crossover(economics, api, token_ratio=ratio) for api, ratio in question.money.apis)
@@ -126,6 +127,18 @@ def _search(question: Question, speeds: SpeedModel, hour: Figure) -> Found:
         screen=speeds.bound,
         limit=_SCREENED,
     )
+
+
+def _choose(found: Found) -> Option:
+    """The simplest of the options that cost nearly as little as the cheapest that meets the SLOs, if any does."""
+    alike = [option for option in found.options if option.speed.meets_slo == (found.best is not None)]
+    most = alike[0].cost.per_mtok_whole.value * (1 + _NEARLY)
+
+    def complexity(option: Option) -> tuple[int, int, int]:
+        layout = option.candidate.layout
+        return layout.pp, layout.dp, -(-layout.gpus // option.candidate.gpu.node)
+
+    return min((option for option in alike if option.cost.per_mtok_whole.value <= most), key=complexity)
 
 
 def _nothing_runs(question: Question, found: Found) -> InvalidRequest:
