@@ -157,7 +157,7 @@ def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads < 1:
-        raise InvalidRequest(f"--threads {threads}: at least 1", param="threads")
+        raise InvalidRequest(f"--threads {threads}: must be at least 1", param="threads")
     import torch
 
     torch.set_num_threads(threads)

@@ -104,7 +104,7 @@ def test_names_that_peft_knows() -> None:
         ({"something_new": 0.5}, "something_new = 0.5 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' is not known to leave the base"),
         ({"init_lora_weights": "OLoRA"}, "init_lora_weights 'OLoRA' is not known to leave the base"),
-        ({"init_lora_weights": "of next year"}, "'of next year' is not known to leave the base"),
+        ({"init_lora_weights": "of next year"}, "init_lora_weights 'of next year' is not known to leave the base"),
         ({"r": 0}, "r = 0 must be a whole number"),
         ({"r": True}, "r = True must be a whole number"),
         ({"r": 4.0}, "r = 4.0 must be a whole number"),
