@@ -18,6 +18,7 @@ EXTRA_OF: Mapping[str, str] = {
     "safetensors": "engine",
     "llguidance": "engine",
     "transformers": "oracle",
+    "matplotlib": "train",
 }
 """The extra of this package that brings a top-level module."""
 

@@ -47,6 +47,7 @@ def finetune(
     """Fine-tune a checkpoint on your own chats, and show what that did to those held out."""
     from rich.console import Console
 
+    from freehold.cli.train_stage import set_threads
     from freehold.engine.loading import EngineOptions
     from freehold.model.chat.template import ChatTemplate
     from freehold.train.finetune import FinetuneSettings, finetune
@@ -64,7 +65,7 @@ def finetune(
         seed=seed,
     )
     train, held = split_held_out(read_chats(chats, ChatTemplate.from_dir(model)), held_out)
-    _set_threads(threads)
+    set_threads(threads)
     with _reports() as reports:
         result = finetune(model, train, held, out, settings, options=EngineOptions(threads=threads), reports=reports)
     if as_json:
@@ -103,15 +104,6 @@ def _targets(text: str) -> tuple[Target, ...]:
             raise InvalidRequest(f"--targets {name!r}: choose from {', '.join(TARGETS)}", param="targets")
         found.append(target)
     return tuple(found)
-
-
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise InvalidRequest(f"--threads {threads}: must be at least 1", param="threads")
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads < 1:
-        raise InvalidRequest(f"--threads {threads}: at least 1", param="threads")
+        raise InvalidRequest(f"--threads {threads}: must be at least 1", param="threads")
     import torch
 
     torch.set_num_threads(threads)
@@ -170,6 +170,7 @@ def _from(directory: Path) -> Start:
 
 
 def _new(config: Path | None, tokenizer: Path | None, source: Source, seed: int) -> Start:
+    from freehold.model.config import GlmConfig
     from freehold.model.tokenizer import Tokenizer
     from freehold.train.shape import tiny_config
     from freehold.train.stages import from_nothing, new_tokenizer
@@ -180,6 +181,9 @@ def _new(config: Path | None, tokenizer: Path | None, source: Source, seed: int)
             raw = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{config}: cannot be read: {error}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{config}: expected a JSON object")
+        GlmConfig.from_dict(raw)
     if tokenizer is not None:
         return from_nothing(raw, Tokenizer.from_dir(tokenizer), seed)
     typer.echo("making a tokenizer", err=True)

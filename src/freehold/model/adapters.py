@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,9 @@ _NOT_USED = frozenset(
     "eva_config corda_config runtime_config megatron_core qalora_group_size ensure_weight_tying".split()
 )
 _USED = frozenset(("peft_type", "r", "lora_alpha", "use_rslora", "bias"))
-# These make the base another one while they initialise, so the factors do not belong to the published weights.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+# These leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ, ...) make it another one while they initialise, so
+# the factors do not belong to the published weights.
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,10 @@ def _read_config(path: Path) -> tuple[int, float]:
     if raw.get("bias", "none") != "none":
         raise ConfigError(f"{path}: bias {raw['bias']!r} is not supported (only none)")
     how = raw.get("init_lora_weights")
-    if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+    if isinstance(how, str) and how.lower() not in _KEEPS_BASE:
         raise ConfigError(
-            f"{path}: init_lora_weights {how!r} changes the base weights as well; convert the adapter to a plain one"
+            f"{path}: init_lora_weights {how!r} is not known to leave the base weights as they are; convert the "
+            "adapter to a plain one"
         )
     for key in raw.keys() - _USED - _NOT_USED:
         if raw[key] not in (None, False, {}, []):
@@ -140,7 +143,7 @@ def _read_config(path: Path) -> tuple[int, float]:
     rank, alpha, rslora = raw.get("r"), raw.get("lora_alpha"), raw.get("use_rslora", False)
     if type(rank) is not int or rank < 1:
         raise ConfigError(f"{path}: r = {rank!r} must be a whole number, at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         raise ConfigError(f"{path}: lora_alpha = {alpha!r} must be a number")
     if not isinstance(rslora, bool):
         raise ConfigError(f"{path}: use_rslora = {rslora!r} must be true or false")

@@ -77,18 +77,24 @@ class Batches:
         self._seed, self._prompt_weight = seed, prompt_weight
         self._first, self._size = _pieces(documents.starts, self._lengths[-1])
         self._epoch: tuple[int, list[list[list[int]]]] | None = None
-        self.per_epoch = len(self._plan(0))
+        self._counts: list[int] = []  # batches of each epoch that was planned: to plan it takes a while
+        self.per_epoch = self._count(0)
 
     def __getitem__(self, number: int) -> Batch:
         """The batch of step `number`, from 0."""
         epoch = 0
-        while number >= len(plan := self._plan(epoch)):
-            number -= len(plan)
+        while number >= (count := self._count(epoch)):
+            number -= count
             epoch += 1
-        rows = plan[number]
+        rows = self._plan(epoch)[number]
         longest = max(int(self._size[row].sum()) for row in rows)
         length = next(length for length in self._lengths if length >= longest)
         return self._batch(rows, length)
+
+    def _count(self, epoch: int) -> int:
+        while len(self._counts) <= epoch:
+            self._counts.append(len(self._plan(len(self._counts))))
+        return self._counts[epoch]
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         """Batches of one epoch, as rows, as pieces of documents."""

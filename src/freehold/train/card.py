@@ -231,8 +231,10 @@ def _ablations(results: Mapping[str, Any] | None) -> Iterator[str]:
     if found is not None:
         yield from _variant_table(found)
     if (drafts := samples.get("drafts")) is not None:
+        changed = sum(row["changed"] for row in drafts["rows"])
+        same = f"{changed} answers differ from those without" if changed else "the answers are the same in all rows"
         yield (
-            "Drafting with the MTP layer, greedy, one prompt at a time; the answers are the same in all rows. It was "
+            f"Drafting with the MTP layer, greedy, one prompt at a time; {same}. It was "
             "trained to share the selection and the cache entries of the last verified token between drafts:\n"
         )
         yield "| drafts | k | tokens a step |"

@@ -12,14 +12,12 @@ Given again, a run that was stopped goes on where it was; one that has ended is 
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +41,7 @@ from freehold.train.measure import Measured, measure
 from freehold.train.objective import Losses, Objective, TrainingModel
 from freehold.train.optim import Optim
 from freehold.train.schedule import Schedule
+from freehold.train.stages import digest
 
 Method: TypeAlias = Literal["lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -227,7 +226,7 @@ def _train(
         learner, parameters, tensors, batches, LoopSettings(steps, settings.optim, schedule, seed=settings.seed),
         directory,
     )  # fmt: skip
-    about = {"kind": "finetune", "model": _identity(index), "chats": _digest(corpus), "finetune": asdict(settings)}
+    about = {"kind": "finetune", "model": _identity(index), "chats": digest(corpus), "finetune": asdict(settings)}
     finished = loop.run(about, reports.step)
     if settings.method == "lora":
         lora.save(directory / ADAPTER_NAME, base=str(source), replace=True)
@@ -290,11 +289,3 @@ def _identity(index: CheckpointIndex) -> list[list[Any]]:
     """Names, sizes and times of a checkpoint's shards: another one has others."""
     status = [(shard.path.name, shard.path.stat()) for shard in index.shards]
     return [[name, found.st_size, found.st_mtime_ns] for name, found in status]
-
-
-def _digest(corpus: Corpus) -> str:
-    """SHA-256 of the tokens and of which are trained."""
-    found = hashlib.sha256()
-    for array in (corpus.ids, corpus.trained, corpus.starts):
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()

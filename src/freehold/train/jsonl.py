@@ -3,9 +3,10 @@
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […],
      "effort": "none"}
 
-messages are in the form of the chat API; the last one is the answer to learn, and the assistant's turns before it are
-learnt too. tools are the functions on offer. effort is what the answer thinks by: none, high or max; where it is not
-given it is none, or max if an answer has `reasoning_content`. Every message of an error begins with FILE:LINE.
+messages are in the form of the chat API; the last one is the answer to learn. Earlier turns of the assistant are learnt
+too; with thinking, those since the last user message, because the template leaves out the thinking of earlier ones.
+tools are the functions on offer. effort is what the answer thinks by: none, high or max; where it is not given it is
+none, or max if an answer has `reasoning_content`. Every message of an error begins with FILE:LINE.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def read_chats(path: str | Path, template: ChatTemplate, *, kind: str = "chat") 
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -51,8 +52,9 @@ def read_chats(path: str | Path, template: ChatTemplate, *, kind: str = "chat") 
 def split_held_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
     """(to train on, held out): about `share` of the chats are held out, chosen by what they say.
 
-    So a chat stays on its side however the file is ordered or grows, and a chat that is there twice is on one side.
-    At least one is held out and one trained on; share 0 holds none out. Raises InvalidRequest if there are too few.
+    So the order of the file does not matter, a chat that is there twice is on one side, and few change sides when the
+    file grows. At least one is held out and one trained on; share 0 holds none out. Raises InvalidRequest if there are
+    too few.
     """
     if not 0 <= share < 1:
         raise InvalidRequest(f"the share held out, {share}, must be at least 0 and below 1", param="held_out")
@@ -78,6 +80,11 @@ def _digest(example: Example) -> str:
 def _example(line: str, where: str, template: ChatTemplate, kind: str) -> Example:
     try:
         raw = json.loads(line, object_pairs_hook=lambda pairs: _object(pairs, where))
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{where}: U+{ord(error.object[error.start]):X} is half of a character, not text"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{where}: not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -86,7 +93,7 @@ def _example(line: str, where: str, template: ChatTemplate, kind: str) -> Exampl
     if unknown:
         _refuse(where, f"unknown key {unknown[0]!r}; a chat has {', '.join(sorted(_KEYS))}")
     messages = _messages(raw.get("messages"), where)
-    tools = raw.get("tools") or []
+    tools = [] if raw.get("tools") is None else raw["tools"]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         _refuse(where, "tools must be a list of objects")
     example = Example(kind, tuple(messages), tuple(tools), _effort(raw, messages, where))
@@ -113,10 +120,16 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
             _refuse(
                 where, f"{at}: {unknown[0]!r} has no meaning here; a message of {role} has {', '.join(sorted(allowed))}"
             )
+        before = messages[i - 1]["role"] if i else ""
+        if before == "assistant" and role not in ("user", "tool"):
+            _refuse(
+                where, f"{at}.role: {role} behind an answer; only user or tool, at which an answer ends, can be there"
+            )
     last = messages[-1]
     if last["role"] != "assistant":
         _refuse(where, f"the last message is of {last['role']}; it must be the assistant's, which is what is learnt")
-    if not any(last.get(key) for key in ("content", "tool_calls")):
+    content = last.get("content")
+    if not last.get("tool_calls") and not (content.strip() if isinstance(content, str) else content):
         _refuse(where, "the last message, which is what is learnt, says nothing")
     return messages
 

@@ -1,4 +1,4 @@
-"""The log of a run: a CSV line a step, on the disk before the next step begins. Torch-free.
+"""The log of a run: a CSV line a step, in the file (a kill loses none) before the next step begins. Torch-free.
 
 Columns: step (from 0), tokens (since the start), seconds (of computing, over all sittings), lr_factor, norm (of the
 gradients, before clipping), loss, then the loss's parts by name.

@@ -169,13 +169,17 @@ class Loop(Generic[B]):
                     if late or (count and self._step % count == 0) or self._asked_to_stop:
                         self._save()
                         last_save = time.monotonic()
-                    if self._asked_to_stop:
-                        raise KeyboardInterrupt if self._asked_to_stop == signal.SIGINT else SystemExit(143)
+                    self._stop_if_asked()
                 if self._saved != self._step:
                     self._save()
+                self._stop_if_asked()
             finally:
                 log.close()
         return Finished(self._step, self._tokens, self._seconds, loss)
+
+    def _stop_if_asked(self) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt if self._asked_to_stop == signal.SIGINT else SystemExit(143)
 
     def _one_step(self, log: Log) -> StepReport:
         started = time.perf_counter()
@@ -211,30 +215,36 @@ class Loop(Generic[B]):
     def _gradients(self, batches: Sequence[B], tokens: int) -> list[Losses]:
         """Losses of the batches; their gradients, weighted by tokens, are added up in the parameters' `.grad`.
 
-        With several learners, each has a thread and takes every so-manieth batch. The sums are made in the order of
-        the batches, so they do not depend on which thread is faster.
+        With several learners, each has a thread, and as many batches as there are learners are worked on at once. The
+        sums are made in the order of the batches, so they do not depend on which thread is faster; what is in memory at
+        a time is the gradients of those batches, however many there are in all.
         """
         wanted = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
 
-        def work(place: int) -> list[tuple[Losses, tuple[Tensor | None, ...]]]:
-            done: list[tuple[Losses, tuple[Tensor | None, ...]]] = []
-            for batch in batches[place :: len(self._learners)]:
-                losses = self._learners[place].losses(batch)
-                share = batch.tokens / max(tokens, 1)
-                done.append((losses, torch.autograd.grad(losses.total * share, wanted, allow_unused=True)))
-            return done
+        def work(learner: Learner[B], batch: B) -> tuple[Losses, tuple[Tensor | None, ...]]:
+            losses = learner.losses(batch)
+            share = batch.tokens / max(tokens, 1)
+            return losses, torch.autograd.grad(losses.total * share, wanted, allow_unused=True)
 
+        found: list[Losses] = []
+        many = len(self._learners)
+        with self._side_by_side() as each:
+            for first in range(0, len(batches), many):
+                for losses, gradients in each(work, self._learners, batches[first : first + many]):
+                    found.append(losses)
+                    for parameter, gradient in zip(wanted, gradients, strict=True):
+                        if gradient is not None:
+                            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return found
+
+    @contextmanager
+    def _side_by_side(self) -> Iterator[Callable[..., Iterator[Any]]]:
+        """`map`, with a thread for each learner if there are several."""
         if len(self._learners) == 1:
-            found = [work(0)]
-        else:
-            with _threads_each(1), ThreadPoolExecutor(len(self._learners)) as pool:
-                found = list(pool.map(work, range(len(self._learners))))
-        ordered = [found[i % len(found)][i // len(found)] for i in range(len(batches))]
-        for _, gradients in ordered:
-            for parameter, gradient in zip(wanted, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return [losses for losses, _ in ordered]
+            yield map
+            return
+        with _threads_each(1), ThreadPoolExecutor(len(self._learners)) as pool:
+            yield pool.map
 
     def _evaluate(self) -> dict[str, float]:
         """The held-out loss when it is due; nan otherwise, so that the log has the column."""

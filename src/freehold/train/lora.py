@@ -126,7 +126,7 @@ class Lora:
 
     @staticmethod
     def once() -> AbstractContextManager[None]:
-        """Within it each changed weight is made once, not at each use: put one forward and its backward pass in it."""
+        """Within it each changed weight is made once, not at each use: put one forward pass in it."""
         cached: AbstractContextManager[None] = parametrize.cached()
         return cached
 

@@ -32,7 +32,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
             colours[name] = colour
             if name == "held_out":
                 points = [(x, y) for x, y in zip(million, log[name], strict=True) if y == y]  # nan: not measured
-                losses.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, label=label)
+                losses.plot(
+                    [x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=3, label=label
+                )
             else:
                 losses.plot(million, log[name], color=colour, alpha=0.2, linewidth=0.6)
                 losses.plot(million, smooth(log[name]), color=colour, linewidth=1.4, label=label)

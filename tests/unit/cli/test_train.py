@@ -97,3 +97,14 @@ def test_options_that_contradict_are_refused(tmp_path: Path, capsys: pytest.Capt
     assert main(["train", "pretrain", str(tmp_path), "--from", "x", "--config", "y"]) == 2
     assert "model from nothing" in capsys.readouterr().err
     assert main(["train", "pretrain", str(tmp_path), "--threads", "0"]) == 2
+
+
+@pytest.mark.parametrize(("text", "message"), [("[]", "expected a JSON object"), ("{}", "model_type")])
+def test_a_config_that_is_none_is_refused_before_a_tokenizer_is_made(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert main(["train", "pretrain", str(tmp_path / "run"), "--config", str(tmp_path / "config.json")]) == 3
+    error = capsys.readouterr().err
+    assert message in error
+    assert "making a tokenizer" not in error

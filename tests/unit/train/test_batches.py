@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from freehold.errors import InvalidRequest
+from freehold.train import batches as batches_module
 from freehold.train.batches import Batches, Documents
 
 
@@ -83,3 +84,15 @@ def test_long_documents_are_cut() -> None:
 def test_no_documents() -> None:
     with pytest.raises(InvalidRequest, match="nothing to train on"):
         Batches(Documents(np.zeros(0), np.zeros(0), np.zeros(1)), lengths=(8,), tokens=8, seed=0)
+
+
+def test_a_batch_of_a_late_epoch_needs_no_plan_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = batches(SIZES)
+    for number in range(4 * made.per_epoch):
+        _ = made[number]
+    planned: list[int] = []
+    pack = batches_module._pack
+    monkeypatch.setattr(batches_module, "_pack", lambda *given: planned.append(1) or pack(*given))
+    for number in range(3 * made.per_epoch, 3 * made.per_epoch + 3):
+        _ = made[number]
+    assert not planned

@@ -29,7 +29,7 @@ def _results() -> dict[str, Any]:
             "thinking": {"in order": _RATE, "rows": [{}, {}]},
             "held-out": {"documents": 600, "perplexity": {"freehold-tiny": {"all tokens": [3.21, 3.1, 3.3]}}},
             "ablations": {"inference only": [row], "retrained": {"every-layer": retrained}},
-            "drafts": {"rows": [{"sharing": "index and entries shared", "drafts": 3, "length": 2.345}]},
+            "drafts": {"rows": [{"sharing": "index and entries shared", "drafts": 3, "length": 2.345, "changed": 0}]},
             "lora": {
                 "chats": 200, "seconds": 180.0, "task_before": [0, 0, 0, 0], "task_after": [1, 1, 1, 0],
                 "gained": [75.0, 40.0, 100.0], "lost": [1.5, -0.5, 3.5],
@@ -69,6 +69,13 @@ def test_figures_and_what_was_missed_are_in_it(checkpoint: Path, tmp_path: Path)
         assert expected in text
     assert "reached:" in text
     assert "- reached" not in text
+
+
+def test_drafts_that_change_answers_are_owned_up_to(checkpoint: Path) -> None:
+    results = _results()
+    assert "the answers are the same in all rows" in card(checkpoint, results)
+    results["samples"]["drafts"]["rows"][0]["changed"] = 2
+    assert "2 answers differ from those without" in card(checkpoint, results)
 
 
 def test_without_results_it_claims_nothing(checkpoint: Path) -> None:

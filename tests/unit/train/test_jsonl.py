@@ -74,11 +74,21 @@ def test_unicode_line_separators_do_not_cut_a_line(tmp_path: Path) -> None:
         (chat(ASKED, SAID, tools=[{"type": "function"}]), r"tools\[0\]"),
         (chat(ASKED, SAID, effort="low"), "effort 'low' is not one of none, high, max"),
         (chat(ASKED, {**SAID, "reasoning_content": "x"}, effort="none"), "would leave out"),
+        (chat(ASKED, SAID, SAID), r"messages\[2\]\.role: assistant behind an answer"),
+        (chat(ASKED, SAID, {"role": "system", "content": "x"}, ASKED, SAID), r"messages\[2\]\.role: system behind"),
+        (chat(ASKED, {"role": "assistant", "content": " "}), "says nothing"),
+        (chat(ASKED, SAID, tools=0), "tools must be a list of objects"),
+        (chat({"role": "user", "content": "a\ud800"}, SAID), r"U\+D800 is half of a character"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"chats\.jsonl:3: .*{message}"):
         read(tmp_path, GOOD, "", line)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(GOOD + "\n", encoding="utf-8-sig")
+    assert len(read_chats(tmp_path / "chats.jsonl", ChatTemplate.builtin())) == 1
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

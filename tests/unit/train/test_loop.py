@@ -7,9 +7,10 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from freehold.errors import CheckpointError, DiskFull, InvalidRequest, TrainingFailed
 from freehold.train import saved
 from freehold.train.log import Log, read_log
-from freehold.train.loop import StepReport
+from freehold.train.loop import Loop, StepReport
 from freehold.train.optim import Optim
 from freehold.train.run_directory import run_lock
 from tests.unit.train.stand_in import StandIn, settings
@@ -108,6 +109,47 @@ def test_without_the_optimisers_state_a_resumed_run_would_differ(
 def _interrupt(now: bool) -> None:
     if now:
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("learners", [1, 2])
+def test_gradients_are_added_up_as_they_come(learners: int, tmp_path: Path) -> None:
+    """So what is in memory does not grow with the batches of a step."""
+    model, found = StandIn(), list[bool]()
+
+    class Watching:
+        def losses(self, batch: object) -> object:
+            found.append(model.first.grad is not None)
+            return model.losses(batch)  # type: ignore[arg-type]
+
+        def balance(self) -> None:
+            return
+
+    loop = model.loop(tmp_path, settings(1, accumulate=4))
+    loop._learners = (Watching(),) * learners
+    loop.run({})
+    assert not found[0]
+    assert found[learners:] == [True] * (4 - learners)
+
+
+@pytest.mark.parametrize("when", ["while it saves the last step", "with nothing left to do"])
+def test_a_stop_that_comes_late_is_not_lost(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StandIn()
+    if when == "while it saves the last step":
+        monkeypatch.setattr(Loop, "_save", _then_interrupt(Loop._save, 12))
+    else:
+        model.loop(tmp_path, settings()).run({})
+        monkeypatch.setattr(Loop, "_resume", _then_interrupt(Loop._resume, 12))
+    with pytest.raises(KeyboardInterrupt):
+        StandIn().loop(tmp_path, settings()).run({})
+    assert saved.facts(tmp_path / saved.CHECKPOINT_NAME)["step"] == 12
+
+
+def _then_interrupt(method: Callable[[Any], None], step: int) -> Callable[[Any], None]:
+    def wrapped(loop: Any) -> None:
+        method(loop)
+        _interrupt(loop._step == step)
+
+    return wrapped
 
 
 def test_a_finished_run_is_left_as_it_is(whole: tuple[Path, StandIn]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_runs_are_drawn_one_after_another(tmp_path: Path) -> None:
     both, alone = (tmp_path / "both.png").read_bytes(), (tmp_path / "one.png").read_bytes()
     assert both.startswith(b"\x89PNG\r\n\x1a\n")
     assert both != alone
+
+
+def test_a_run_whose_held_out_loss_was_not_due_yet_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: saved.append(figure))
+    run = logged(tmp_path / "run", 2.0)
+    log = (run / "log.csv").read_text().splitlines()
+    (run / "log.csv").write_text("\n".join(log[:4]) + "\n")
+    plot([run], tmp_path / "run.png")
+    drawn = [value for line in saved[0].axes[0].lines for value in line.get_ydata()]
+    assert drawn == [2.0] * 6, "three steps, as they are and smoothed"
 
 
 def test_a_run_without_a_log_is_an_error(tmp_path: Path) -> None:
