@@ -60,5 +60,7 @@ def head_loss(
     if not kept_R.numel():
         return hidden_RH.sum() * 0.0
     share_R = weight_R[kept_R] / weight_R.sum()
+    if not torch.is_grad_enabled():
+        hidden_RH, weight_VH = hidden_RH.detach(), weight_VH.detach()
     loss: Tensor = _HeadLoss.apply(hidden_RH[kept_R], weight_VH, target_R[kept_R], share_R, half)  # type: ignore[no-untyped-call]
     return loss

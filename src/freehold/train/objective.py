@@ -45,7 +45,7 @@ class Objective:
     but indexers; "sparse" attends to what they choose and trains them with the rest.
     mtp_drafts: how many drafts are trained. mtp_share: share of each batch's sequences that the MTP layer sees.
     half: products of attention, indexers and the head in bf16; weights and everything else stay in the model's dtype.
-    balance_rate: how far a router's correction bias moves a step.
+    balance_rate: how far a router's correction bias moves for the loads that one learner saw in a step.
     """
 
     mtp_weight: float = 0.3

@@ -36,6 +36,8 @@ from freehold.train.shape import with_ends
 from freehold.train.tokenizer import generated_tokenizer, train_tokenizer
 
 MODEL_NAME = "model"
+SIDE_BY_SIDE = 2
+"""Passes of a step that are worked on at once. The same on every machine, since each evens out the loads it saw."""
 _HELD_OUT_TOKENS = 30_000  # whose loss is measured; less in short stages
 _HELD_OUT_SHARE = 0.05  # of the user's chats
 Report = Callable[[StepReport], None]
@@ -141,7 +143,7 @@ def run_stage(
     training = TrainingModel(start.model, stage.objective)
     batches = batches_of(corpus, stage)
     loop = Loop(
-        [training, *(training.replica() for _ in range(1, min(stage.accumulate, torch.get_num_threads())))],
+        [training, *(training.replica() for _ in range(1, min(stage.accumulate, SIDE_BY_SIDE)))],
         dict(training.parameters()),
         _tensors(start.model),
         batches,
