@@ -17,7 +17,6 @@ from freehold.plan.speeds import Speeds, prompt_chunk
 from freehold.plan.types import Layout, Slo
 from freehold.plan.workload import Workload
 
-
 TP8 = Layout(tp=8)
 NO_SLO = Slo()
 
