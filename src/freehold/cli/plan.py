@@ -72,7 +72,7 @@ def compare(
     from freehold.plan.as_json import plan_as_dict
     from freehold.plan.html import page
     from freehold.plan.planner import compare as solve
-    from freehold.plan.report import compare_table
+    from freehold.plan.report import compare_table, refusal_lines
 
     plans, refusals = solve([question_of(asked, hardware) for hardware in on])
     if not plans:
@@ -83,7 +83,10 @@ def compare(
         document = {"plans": [plan_as_dict(item) for item in plans], "refused": refusals}
         typer.echo(json.dumps(document, indent=2))
     else:
-        Console(highlight=False).print(compare_table(plans, refusals))
+        console = Console(highlight=False)
+        console.print(compare_table(plans))
+        for line in refusal_lines(refusals):
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def calibrate(

@@ -59,7 +59,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             {
                 "output_tokens_a_month": point.requests * output,
                 "replicas": point.replicas,
-                "per_mtok_output": {"value": point.ours, "low": point.low, "high": point.high},
+                "per_mtok_whole": {"value": point.ours, "low": point.low, "high": point.high},
                 "api": point.api,
             }
             for point in plan.curve
@@ -71,7 +71,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
                     {
                         "value": point.value,
                         "option": None if point.option is None else str(point.option.candidate),
-                        "per_mtok_output": None if point.option is None else asdict(point.option.cost.per_mtok_output),
+                        "per_mtok_whole": None if point.option is None else asdict(point.option.cost.per_mtok_whole),
                         "changed": point.changed,
                     }
                     for point in item.points

@@ -205,6 +205,7 @@ def _divided(
         per_mtok_input=per_mtok(weights.uncached),
         per_mtok_cached=per_mtok(weights.cached),
         per_mtok_output=per_mtok(weights.output),
+        per_mtok_whole=per_mtok(unit / economics.tokens.output),
         per_task=task,
     )
 

@@ -11,7 +11,7 @@ from html import escape
 from freehold.plan.answer import Plan
 from freehold.plan.charts import Bar, Mark, Part, Series, lines, stacks
 from freehold.plan.layouts import engines
-from freehold.plan.report import compare_table, maker_words, memory_parts, sections
+from freehold.plan.report import compare_table, maker_words, memory_parts, refusal_lines, sections
 from freehold.plan.wording import count, dollars, gb, per_user, seconds
 
 # Okabe and Ito's eight colours, which people with any colour vision tell apart.
@@ -140,7 +140,7 @@ def _plan(plan: Plan, *, alone: bool) -> str:
         (str(plan.chosen.candidate), "recommended" if plan.meets else "nearest"),
         (seconds(speed.ttft.p90.value), "to the first token, p90"),
         (seconds(speed.tpot.p90.value), "a token, p90"),
-        (dollars(cost.per_mtok_output.value), "a million output tokens"),
+        (dollars(cost.per_mtok_whole.value), "a million output tokens, with prompts"),
         (dollars(cost.per_hour.value), "an hour"),
     ]
     big = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in figures)
@@ -185,4 +185,5 @@ def _table(table: object) -> str:
 
 
 def _side_by_side(plans: Sequence[Plan], refusals: Mapping[str, str]) -> str:
-    return _table(compare_table(plans, refusals))
+    lines = "".join(f"<p>{escape(line)}</p>" for line in refusal_lines(refusals))
+    return _table(compare_table(plans)) + lines

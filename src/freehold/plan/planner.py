@@ -25,11 +25,12 @@ from freehold.plan.manifest import manifest_yaml
 from freehold.plan.prices import HOURS_A_MONTH, maker
 from freehold.plan.search import Candidate, Found, Option, Sensitivity, search, sensitivity
 from freehold.plan.speeds import Speeds
-from freehold.plan.types import Cost, Figure, Speed
+from freehold.plan.types import Cost, Figure, Slo, Speed
 from freehold.plan.workload import Workload
 
-_SCREENED = 2  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
+_SCREENED = 4  # options of an engine, with and without drafts, that are simulated: the best by a quick bound
 _SWEEP = (1, 4, 16, 64)
+_NEARLY = 0.05  # a difference in cost that predictions cannot tell
 _CURVE_POINTS = 61
 _CURVE_DECADES = (-1.5, 2.0)  # of the volume that fills one replica
 _FLOPS_AT = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
@@ -40,6 +41,9 @@ class SpeedModel(Protocol):
 
     @property
     def workload(self) -> Workload: ...
+
+    @property
+    def slo(self) -> Slo: ...
 
     def changed(self, workload: Workload) -> Self:
         """The same model for another workload."""
@@ -65,7 +69,7 @@ def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     found = _search(question, speeds, hour)
     if not found.options:
         raise _nothing_runs(question, found)
-    chosen = found.best or found.options[0]
+    chosen = _choose(found)
     sweep = _sweep(chosen, speeds)
     economics = _economics(question, chosen, hour, _capacity(chosen, sweep, question))
     crossovers = tuple(crossover(economics, api, token_ratio=ratio) for api, ratio in question.money.apis)
@@ -125,6 +129,18 @@ def _search(question: Question, speeds: SpeedModel, hour: Figure) -> Found:
     )
 
 
+def _choose(found: Found) -> Option:
+    """The simplest of the options that cost nearly as little as the cheapest that meets the SLOs, if any does."""
+    alike = [option for option in found.options if option.speed.meets_slo == (found.best is not None)]
+    most = alike[0].cost.per_mtok_whole.value * (1 + _NEARLY)
+
+    def complexity(option: Option) -> tuple[int, int, int]:
+        layout = option.candidate.layout
+        return layout.pp, layout.dp, -(-layout.gpus // option.candidate.gpu.node)
+
+    return min((option for option in alike if option.cost.per_mtok_whole.value <= most), key=complexity)
+
+
 def _nothing_runs(question: Question, found: Found) -> InvalidRequest:
     whys = "; ".join(dict.fromkeys(item.why for item in found.unknown))
     model, gpu = question.model.name, question.cluster.gpu.name
@@ -158,7 +174,8 @@ def _sweep(chosen: Option, speeds: SpeedModel) -> tuple[Load, ...]:
     loads: list[Load] = []
     asked = max(1, round(chosen.speed.concurrency))
     held = max(asked, chosen.candidate.footprint.max_sequences(max(1, round(speeds.workload.mean_tokens))))
-    for concurrency in sorted({*_SWEEP, asked, min(2 * asked, held)}):
+    promised = speeds.slo.ttft is not None or speeds.slo.tpot is not None
+    for concurrency in sorted({*_SWEEP, asked, min(2 * asked, held) if promised else asked}):
         if loads and concurrency > held:
             break
         speed = speeds.closed(chosen.candidate, concurrency)
@@ -204,6 +221,13 @@ def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen:
     hour = gpu_hour(question.cluster.gpu, money.tenure, money.owning, price=money.price)
     contenders = list(dict.fromkeys(option.candidate for option in found.options))
 
+    def changed(other: Workload) -> SpeedModel:
+        return (
+            speeds
+            if other.tokens == workload.tokens and other.acceptance == workload.acceptance
+            else (speeds.changed(other))
+        )
+
     def solve(name: str, value: float) -> Option | None:
         asked, changed_hour, changed_speeds = question, hour, speeds
         if name == "utilisation":
@@ -211,9 +235,9 @@ def _sensitivities(question: Question, speeds: SpeedModel, found: Found, chosen:
         elif name == "price of a GPU-hour":
             changed_hour = Figure.exact(value, "sensitivity")
         elif name == "acceptance length":
-            changed_speeds = speeds.changed(workload.with_acceptance(value))
+            changed_speeds = changed(workload.with_acceptance(value))
         else:
-            changed_speeds = speeds.changed(workload.with_hit_rate(value))
+            changed_speeds = changed(workload.with_hit_rate(value))
             asked = replace(question, workload=changed_speeds.workload)
         # A price that changes for all leaves the choice as it is.
         first = chosen.candidate if changed_speeds is speeds else min(contenders, key=changed_speeds.bound)

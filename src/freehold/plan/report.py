@@ -188,6 +188,7 @@ def cost_table(plan: Plan) -> Table:
         ("a million input tokens", cost.per_mtok_input),
         ("a million cached input tokens", cost.per_mtok_cached),
         ("a million output tokens", cost.per_mtok_output),
+        ("a million output tokens, with their prompts", cost.per_mtok_whole),
         ("a task", cost.per_task),
         ("a GPU-hour", plan.gpu_hour),
     ]
@@ -254,7 +255,7 @@ def api_words(plan: Plan) -> list[str]:
 
 
 def front_table(plan: Plan) -> Table:
-    table = _table("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out", "SLOs")
+    table = _table("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
     shown: set[tuple[object, ...]] = set()
     for option in plan.found.front:
         candidate = option.candidate
@@ -269,7 +270,7 @@ def front_table(plan: Plan) -> Table:
             str(candidate.gpus),
             seconds(option.speed.ttft.p90.value),
             seconds(option.speed.tpot.p90.value),
-            dollars(option.cost.per_mtok_output.value),
+            dollars(option.cost.per_mtok_whole.value),
             "met" if option.speed.meets_slo else "not met",
         )
     return table
@@ -282,7 +283,13 @@ def layout_name(option: Option) -> str:
 
 def other_words(plan: Plan) -> list[str]:
     found = plan.found
-    words = [f"{len(found.options)} options evaluated; {found.too_large} layouts do not fit memory."]
+    words = [
+        "* US dollars a million output tokens, with the prompts that go with them.",
+        (
+            f"{len(found.options)} options evaluated; {found.too_large} layouts do not fit memory. Of those that cost "
+            "nearly the same, the one with the fewest stages, attention groups and machines is recommended."
+        ),
+    ]
     by_reason: dict[str, list[str]] = {}
     for item in found.unknown:
         by_reason.setdefault(item.why, []).append(str(item.candidate.layout))
@@ -293,11 +300,10 @@ def other_words(plan: Plan) -> list[str]:
 
 
 def sensitivity_table(plan: Plan) -> Table:
-    table = _table("assumption", "values", "$/M output tokens", "choice")
+    table = _table("assumption", "values", "$/M out, with prompts", "choice")
     for item in plan.sensitivities:
         costs = [
-            "none" if point.option is None else dollars(point.option.cost.per_mtok_output.value)
-            for point in item.points
+            "none" if point.option is None else dollars(point.option.cost.per_mtok_whole.value) for point in item.points
         ]
         changed = [f"{point.value:g}" for point in item.points if point.changed]
         table.add_row(
@@ -316,9 +322,9 @@ def maker_words(plan: Plan) -> list[str]:
     return [f"Weights by {maker.name}, licence {licence} ({source}).", *maker.notes]
 
 
-def compare_table(plans: Sequence[Plan], refusals: Mapping[str, str]) -> Table:
-    """Several hardware options side by side, each with its chosen option; `refusals` say why others have none."""
-    table = _table("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out", "SLOs")
+def compare_table(plans: Sequence[Plan]) -> Table:
+    """Several hardware options side by side, each with its chosen option."""
+    table = _table("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
     for plan in plans:
         option, candidate = plan.chosen, plan.chosen.candidate
         rate = (option.speed.input_rate.value + option.speed.output_rate.value) / candidate.layout.gpus
@@ -330,12 +336,15 @@ def compare_table(plans: Sequence[Plan], refusals: Mapping[str, str]) -> Table:
             seconds(option.speed.tpot.p90.value),
             f"{rate:,.0f}",
             dollars(option.cost.per_hour.value),
-            dollars(option.cost.per_mtok_output.value),
+            dollars(option.cost.per_mtok_whole.value),
             "met" if option.speed.meets_slo else "not met",
         )
-    for name, why in refusals.items():
-        table.add_row(name, why, *[""] * 7)
     return table
+
+
+def refusal_lines(refusals: Mapping[str, str]) -> list[str]:
+    """Why other hardware has no plan."""
+    return [f"{name}: {why}" for name, why in refusals.items()]
 
 
 def calibration_table(found: Recalibrated) -> list[Table]:
@@ -383,7 +392,7 @@ def _in_flight(option: Option) -> float:
 def _table(*columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(columns):
         numeric = index > 0 and name not in ("layout", "engine", "values", "choice", "between", "SLOs", "")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")

@@ -58,8 +58,8 @@ class Option:
 
     @property
     def objectives(self) -> tuple[float, float, float]:
-        """What is to be small: dollars a million output tokens, seconds a token, seconds to the first one."""
-        return (self.cost.per_mtok_output.value, self.speed.tpot.p90.value, self.speed.ttft.p90.value)
+        """What is to be small: dollars a million output tokens and their prompts, seconds a token, to the first one."""
+        return (self.cost.per_mtok_whole.value, self.speed.tpot.p90.value, self.speed.ttft.p90.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class Sensitivity:
     @property
     def spread(self) -> float:
         """Highest over lowest cost a million output tokens; 1 where there are fewer than two answers."""
-        costs = [point.option.cost.per_mtok_output.value for point in self.points if point.option is not None]
+        costs = [point.option.cost.per_mtok_whole.value for point in self.points if point.option is not None]
         return max(costs) / min(costs) if len(costs) > 1 and min(costs) > 0 else 1.0
 
 

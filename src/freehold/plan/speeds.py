@@ -27,6 +27,7 @@ from freehold.plan.types import Engine, Figure, Gpu, Layout, Percentiles, Slo, S
 from freehold.plan.workload import Workload
 
 _FEWEST, _MOST = 32, 128  # calls of a closed loop that are measured: one round, within these
+_COARSE = 0.5  # of them where many loads are compared
 _SEED = 7
 _CHUNK = {"vllm": 8192, "sglang": 8192, "freehold": 2048}
 _LARGE_CHUNK = 16384  # SGLang's on GPUs of more memory
@@ -48,12 +49,15 @@ class Speeds:
     def __init__(self, workload: Workload, slo: Slo, efficiencies: Efficiencies | None = None) -> None:
         self.workload, self.slo = workload, slo
         self.efficiencies = efficiencies or bundled()
+        self.coarse = False
         self._times: dict[Candidate, StepTimes] = {}
         self._made: dict[tuple[Candidate, Workload], Speed] = {}
 
     def changed(self, workload: Workload) -> Speeds:
-        """The same for another workload."""
-        return Speeds(workload, self.slo, self.efficiencies)
+        """The same for another workload, from fewer calls: it is compared, not reported."""
+        changed = Speeds(workload, self.slo, self.efficiencies)
+        changed.coarse = True
+        return changed
 
     def of(self, candidate: Candidate) -> Speed:
         """One replica under its share of the load."""
@@ -61,7 +65,7 @@ class Speeds:
 
     def closed(self, candidate: Candidate, concurrency: int) -> Speed:
         """One replica with so many requests in flight."""
-        return self._speed(candidate, self.workload.at(concurrency))
+        return self._speed(candidate, self.workload.at(concurrency), coarse=True)
 
     def bound(self, candidate: Candidate) -> float:
         """GPU seconds a request, if none waits for cache; far more if promises cannot be kept."""
@@ -103,8 +107,7 @@ class Speeds:
         )
 
     def _step_times(self, candidate: Candidate) -> StepTimes:
-        # Replicas do not matter to a step.
-        key = replace(candidate, replicas=1)
+        key = _alike(candidate)
         if key not in self._times:
             drafts = self.workload.drafts if candidate.mtp else 0
             room = candidate.footprint
@@ -113,21 +116,21 @@ class Speeds:
             )
         return self._times[key]
 
-    def _speed(self, candidate: Candidate, load: Workload) -> Speed:
-        key = (replace(candidate, replicas=1), load)
+    def _speed(self, candidate: Candidate, load: Workload, *, coarse: bool = False) -> Speed:
+        key = (_alike(candidate), load)
         if key not in self._made:
-            run = self._run(candidate, load)
+            run = self._run(candidate, load, _COARSE if coarse or self.coarse else 1.0)
             drafts = load.drafts if candidate.mtp else 0
             worth = expected(candidate.engine, candidate.gpu, candidate.model, candidate.layout, drafts=drafts)
             self._made[key] = self._reported(run, load, worth)
         return self._made[key]
 
-    def _run(self, candidate: Candidate, load: Workload) -> Run:
+    def _run(self, candidate: Candidate, load: Workload, share: float) -> Run:
         room, layout = candidate.footprint, candidate.layout
         chunk = prompt_chunk(candidate.engine, candidate.gpu, layout)
         limits = EngineLimits(chunk, room.cache_tokens * layout.dp)
         gain = load.acceptance if candidate.mtp else 1.0
-        return simulate(self._step_times(candidate), self.efficiencies, _loop(load, gain), limits)
+        return simulate(self._step_times(candidate), self.efficiencies, _loop(load, gain, share), limits)
 
     def _reported(self, run: Run, load: Workload, worth: Expected) -> Speed:
         ttft = [one.ttft for one in run.served]
@@ -161,15 +164,26 @@ class Speeds:
         return not (late or slow)
 
 
-def _loop(load: Workload, gain: float) -> Loop:
+def _alike(candidate: Candidate) -> Candidate:
+    """What all candidates share that no simulation tells apart: their number, and in one attention group how experts
+    are spread over it, which moves the same bytes and FLOP.
+    """
+    layout, room = candidate.layout, candidate.footprint
+    if layout.dp == 1 and layout.ep > 1:
+        layout = replace(layout, ep=1)
+        room = replace(room, layout=layout)
+    return replace(candidate, replicas=1, layout=layout, footprint=room)
+
+
+def _loop(load: Workload, gain: float, share: float) -> Loop:
     """The calls of a simulation: in its stride if the loop is closed, Poisson arrivals if it is open."""
     if load.rate is not None:
-        count = _MOST
+        count = round(_MOST * share)
         random = np.random.RandomState(_SEED)
         gaps = random.exponential(1 / load.rate, size=count)
         return Loop(load.draw(count, _SEED), arrivals=[float(at) for at in np.cumsum(gaps)], acceptance=gain)
     assert load.concurrency is not None
-    measured = min(max(_FEWEST, load.concurrency), _MOST)
+    measured = round(min(max(_FEWEST, load.concurrency), _MOST) * share)
     # Others go on while the last of the measured ones finish, as they would.
     calls = load.draw(measured + 2 * load.concurrency, _SEED)
     return Loop(calls, load.concurrency, begun=_begun(load), measured=measured, acceptance=gain)

@@ -334,10 +334,15 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a deployment costs at a workload: per hour, per million tokens of each kind, per task if tasks are known."""
+    """What a deployment costs at a workload: per hour, per million tokens of each kind, per task if tasks are known.
+
+    per_mtok_output is the part of the bill that decoding has; per_mtok_whole is all of the bill over the output tokens,
+    their prompts included, by which options are compared: how a bill is divided does not make it smaller.
+    """
 
     per_hour: Figure
     per_mtok_input: Figure
     per_mtok_cached: Figure
     per_mtok_output: Figure
+    per_mtok_whole: Figure
     per_task: Figure | None = None

@@ -115,6 +115,8 @@ def test_the_bill_is_divided_without_rest(
     divided = tokens.uncached * cost.per_mtok_input.value + tokens.cached * cost.per_mtok_cached.value
     divided += tokens.output * cost.per_mtok_output.value
     assert divided / 1e6 * requests == pytest.approx(cost.per_hour.value * HOURS_A_MONTH, rel=1e-9)
+    whole = cost.per_mtok_whole.value * tokens.output / 1e6 * requests
+    assert whole == pytest.approx(cost.per_hour.value * HOURS_A_MONTH, rel=1e-9)
 
 
 def test_a_task_costs_what_its_tokens_do() -> None:

@@ -38,13 +38,13 @@ def speed_of(candidate: Candidate) -> Speed:
 def cost_of(candidate: Candidate, speed: Speed) -> Cost:
     dollars = 4.0 * candidate.gpus
     per_token = exact(dollars / 3600 / (speed.output_rate.value * candidate.replicas) * 1e6)
-    return Cost(exact(dollars), per_token, per_token, per_token)
+    return Cost(exact(dollars), per_token, per_token, per_token, per_token)
 
 
 def option(cost: float, tpot: float, ttft: float, meets: bool = True) -> Option:
     run, _, _ = candidates(GLM, cluster("8xh200"), ("sglang",))
     price = exact(cost)
-    return Option(run[0], speed(ttft, tpot, meets), Cost(price, price, price, price))
+    return Option(run[0], speed(ttft, tpot, meets), Cost(price, price, price, price, price))
 
 
 def test_the_best_meets_the_slos_and_is_cheapest() -> None:
@@ -140,7 +140,7 @@ def test_sensitivity_solves_again_and_says_when_the_answer_changes() -> None:
     def solve(name: str, value: float) -> Option | None:
         if name == "price":
             price = exact(value)
-            return Option(base.candidate, base.speed, Cost(price, price, price, price))
+            return Option(base.candidate, base.speed, Cost(price, price, price, price, price))
         return other if value > 0.5 else None
 
     found = sensitivity({"hit rate": (0.9, 0.1), "price": (1.0, 4.0)}, base, solve)
