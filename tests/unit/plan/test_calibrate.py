@@ -120,7 +120,8 @@ def test_results_of_load_generators(tmp_path: Path, document: dict[str, object])
     path = tmp_path / "result.json"
     path.write_text(json.dumps(document))
     run = read_results(path, setup())
-    assert (run.ttft, run.tpot, run.requests) == (pytest.approx(0.3), pytest.approx(0.018), 40)
+    assert [run.ttft, run.tpot] == pytest.approx([0.3, 0.018])
+    assert run.requests == 40
     assert (run.workload.prompt, run.workload.output, run.workload.concurrency) == (900, 900, 4)
     assert run.setup.group == "result.json"
 

@@ -22,7 +22,7 @@ def times(model=GLM5, on=H200, layout=None, engine: Engine = "sglang", cache=BF1
 
 
 def of(cause: str, work: tuple[float, ...]) -> float:
-    return work[CAUSES.index(cause)]  # type: ignore[arg-type]
+    return work[CAUSES.index(cause)]
 
 
 def step(made: StepTimes, sequences: int, context: int, efficiencies: Efficiencies = SOME) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -92,13 +93,13 @@ ROWS = [
 ]
 
 
-def written(path: Path, rows: list[object]) -> Path:
+def written(path: Path, rows: Sequence[object]) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     return path
 
 
 def test_calls_by_the_names_that_logs_use(tmp_path: Path) -> None:
-    calls = read_calls(written(tmp_path / "calls.jsonl", list(ROWS)))
+    calls = read_calls(written(tmp_path / "calls.jsonl", ROWS))
     assert [(call.prompt, call.output, call.cached) for call in calls] == [
         (100, 20, 60),
         (300, 40, 100),
@@ -115,7 +116,7 @@ def test_calls_by_the_names_that_logs_use(tmp_path: Path) -> None:
 
 def test_the_rate_of_calls_with_times(tmp_path: Path) -> None:
     rows = [{"prompt_tokens": 9, "completion_tokens": 9, "started": 100 + 2 * n} for n in range(11)]
-    assert from_calls(read_calls(written(tmp_path / "c.jsonl", list(rows)))).rate == pytest.approx(0.5)
+    assert from_calls(read_calls(written(tmp_path / "c.jsonl", rows))).rate == pytest.approx(0.5)
     with pytest.raises(InvalidRequest, match="rate"):
         from_calls(read_calls(written(tmp_path / "c.jsonl", rows[:1])))
 
