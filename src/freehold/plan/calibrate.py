@@ -198,7 +198,7 @@ def mape(errors: Iterable[float | None]) -> float:
     values = [abs(error) for error in errors if error is not None]
     if not values:
         raise InvalidRequest("no run has this figure")
-    return sum(values) / len(values)
+    return float(sum(values) / len(values))  # numpy's own numbers are no JSON
 
 
 def bundled() -> Efficiencies:
