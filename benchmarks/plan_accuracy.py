@@ -47,14 +47,17 @@ def main() -> int:
 
 
 def _full(measured: Sequence[Measured]) -> tuple[Efficiencies, list[Residual], list[Residual]]:
-    fitted = fit(measured, bundled())
+    around = bundled()
+    first = {id(run): outcome(run, around) for run in measured}
+    fitted = fit(measured, around, first=list(first.values()))
     inside = residuals(measured, fitted)
     by_run: dict[int, Residual] = {}
     for group in _groups(measured):
         print(f"without {group} ...", flush=True)
         others = [run for run in measured if run.setup.group != group]
         held = [run for run in measured if run.setup.group == group]
-        by_run |= {id(found.run): found for found in residuals(held, fit(others, fitted))}
+        alone = fit(others, around, first=[first[id(run)] for run in others])
+        by_run |= {id(found.run): found for found in residuals(held, alone)}
     return fitted, inside, [by_run[id(run)] for run in measured]
 
 

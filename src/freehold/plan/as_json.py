@@ -8,7 +8,7 @@ from typing import Any
 
 from freehold.plan.answer import Plan, Started
 from freehold.plan.cost import Crossing, Crossover
-from freehold.plan.search import Option
+from freehold.plan.search import Option, Sensitivity
 from freehold.plan.types import Speed
 
 
@@ -64,21 +64,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             }
             for point in plan.curve
         ],
-        "sensitivities": [
-            {
-                "assumption": item.name,
-                "points": [
-                    {
-                        "value": point.value,
-                        "option": None if point.option is None else str(point.option.candidate),
-                        "per_mtok_whole": None if point.option is None else asdict(point.option.cost.per_mtok_whole),
-                        "changed": point.changed,
-                    }
-                    for point in item.points
-                ],
-            }
-            for item in plan.sensitivities
-        ],
+        "sensitivities": [_sensitivity(item) for item in plan.sensitivities],
         "flops": [
             {"context": context, "flops": shared, "flops_without_index_share": full}
             for context, shared, full in plan.flops
@@ -92,6 +78,19 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "seconds": plan.seconds,
     }
+
+
+def _sensitivity(item: Sensitivity) -> dict[str, Any]:
+    points = [
+        {
+            "value": point.value,
+            "option": None if point.option is None else str(point.option.candidate),
+            "per_mtok_whole": None if point.option is None else asdict(point.option.cost.per_mtok_whole),
+            "changed": point.changed,
+        }
+        for point in item.points
+    ]
+    return {"assumption": item.name, "points": points}
 
 
 def _option(option: Option) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from freehold.plan.roofline import CAUSES, Efficiencies, Work
 from freehold.plan.simulate import Served
 
 _SMALL = 0.03  # relative errors below are as good as none
+_STILL = 0.004  # mean relative change of what is predicted, at which a fit has arrived
 _ROUNDS, _REWEIGHTINGS, _SWEEPS = 6, 30, 4000
 _LOWEST = np.array([float(cause in ("memory", "compute", "links")) for cause in CAUSES])
 _USUAL = {"memory": (1 / 0.83, 3.0), "links": (1 / 0.7, 2.0)}  # factor, strength
@@ -84,18 +85,29 @@ def _mean(works: Sequence[Work]) -> Work:
     return tuple(float(amount) for amount in np.mean(np.array(works), axis=0))
 
 
-def fit(measured: Sequence[Measured], start: Efficiencies = START, *, rounds: int = _ROUNDS) -> Efficiencies:
-    """The efficiencies that suit all runs best. rounds: simulations of each run at most."""
+def fit(
+    measured: Sequence[Measured],
+    start: Efficiencies = START,
+    *,
+    rounds: int = _ROUNDS,
+    first: Sequence[Outcome] | None = None,
+) -> Efficiencies:
+    """The efficiencies that suit all runs best.
+
+    rounds: simulations of each run at most. first: outcomes of the runs at `start`, if they are known already.
+    """
     if not measured:
         raise InvalidRequest("there are no runs to calibrate with", param="results")
-    current = start
+    current, outcomes = start, first
     for turn in range(rounds):
-        factors = solve(measured, [outcome(run, current) for run in measured], current)
+        outcomes = outcomes or [outcome(run, current) for run in measured]
         before = np.array(current.factors)
+        factors = solve(measured, outcomes, current)
         # Half of the way after the first turn, so that schedule and factors do not chase one another.
         after = factors if turn == 0 else (before + factors) / 2
-        current = Efficiencies.from_factors(tuple(after))
-        if np.all(np.abs(after - before) <= 0.01 * np.abs(before) + 1e-9):
+        works = np.array([work for found in outcomes for work in (found.to_first, found.per_token)])
+        current, outcomes = Efficiencies.from_factors(tuple(after)), None
+        if np.mean(np.abs(works @ after / (works @ before) - 1)) <= _STILL:
             break
     return current
 
@@ -186,7 +198,7 @@ def mape(errors: Iterable[float | None]) -> float:
     values = [abs(error) for error in errors if error is not None]
     if not values:
         raise InvalidRequest("no run has this figure")
-    return sum(values) / len(values)
+    return float(sum(values) / len(values))  # numpy's own numbers are no JSON
 
 
 def bundled() -> Efficiencies:

@@ -69,7 +69,7 @@ def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     found = _search(question, speeds, hour)
     if not found.options:
         raise _nothing_runs(question, found)
-    chosen = _choose(found)
+    chosen = _choose(found.options)
     sweep = _sweep(chosen, speeds)
     economics = _economics(question, chosen, hour, _capacity(chosen, sweep, question))
     crossovers = tuple(crossover(economics, api, token_ratio=ratio) for api, ratio in question.money.apis)
@@ -129,9 +129,12 @@ def _search(question: Question, speeds: SpeedModel, hour: Figure) -> Found:
     )
 
 
-def _choose(found: Found) -> Option:
-    """The simplest of the options that cost nearly as little as the cheapest that meets the SLOs, if any does."""
-    alike = [option for option in found.options if option.speed.meets_slo == (found.best is not None)]
+def _choose(options: Sequence[Option]) -> Option:
+    """The simplest of the options that cost nearly as little as the cheapest that meets the SLOs, if any does.
+
+    options: the cheapest first, those that meet the SLOs before those that do not.
+    """
+    alike = [option for option in options if option.speed.meets_slo == options[0].speed.meets_slo]
     most = alike[0].cost.per_mtok_whole.value * (1 + _NEARLY)
 
     def complexity(option: Option) -> tuple[int, int, int]:
@@ -258,7 +261,8 @@ def _started(question: Question, found: Found, chosen: Option) -> list[Started]:
     """Launches of the chosen option and of the best one of each other engine that has flags of its own."""
     best: dict[str, Option] = {chosen.candidate.engine: chosen}
     for option in found.options:
-        best.setdefault(option.candidate.engine, option)
+        mine = [other for other in found.options if other.candidate.engine == option.candidate.engine]
+        best.setdefault(option.candidate.engine, _choose(mine))
     made = []
     for option in best.values():
         candidate = option.candidate

@@ -52,7 +52,7 @@ def sections(plan: Plan) -> Iterator[tuple[str, list[str | Table]]]:
     yield "Speed", [speed_table(plan), *_wrapped(speed_words(plan))]
     yield "Cost", [cost_table(plan), *_wrapped(cost_words(plan))]
     yield "Against APIs", [api_table(plan), *_wrapped(api_words(plan))]
-    yield "Alternatives that no other beats", [front_table(plan), *_wrapped(other_words(plan))]
+    yield "The choice, and what no other option beats", [front_table(plan), *_wrapped(other_words(plan))]
     if plan.sensitivities:
         yield "What the answer depends on", [sensitivity_table(plan)]
     for started in plan.started:
@@ -257,7 +257,7 @@ def api_words(plan: Plan) -> list[str]:
 def front_table(plan: Plan) -> Table:
     table = _table("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
     shown: set[tuple[object, ...]] = set()
-    for option in plan.found.front:
+    for option in (plan.chosen, *plan.found.front):
         candidate = option.candidate
         # The speed model cannot tell experts cut from experts dealt within one group: the first stands for both.
         same = (candidate.engine, candidate.mtp, candidate.replicas, *option.objectives)

@@ -27,7 +27,7 @@ from freehold.plan.types import Engine, Figure, Gpu, Layout, Percentiles, Slo, S
 from freehold.plan.workload import Workload
 
 _FEWEST, _MOST = 32, 128  # calls of a closed loop that are measured: one round, within these
-_COARSE = 0.5  # of them where many loads are compared
+_COARSE = 0.25  # of them where many loads are compared
 _SEED = 7
 _CHUNK = {"vllm": 8192, "sglang": 8192, "freehold": 2048}
 _LARGE_CHUNK = 16384  # SGLang's on GPUs of more memory

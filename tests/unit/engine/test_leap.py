@@ -39,9 +39,8 @@ def play(seed: int, *, leaping: bool, drafts: int = 0) -> list[tuple[int, str, i
             SeqOutput(seq.request_id, (0,) * ((1 + drafts if seq.request_id in decoding else 1) if seq.samples else 0))
             for seq in step.seqs
         ]
-        for chunk in made.update(step, outputs):
-            if chunk.finish_reason is not None:
-                ended.append((steps, chunk.request_id, chunk.usage.completion_tokens))  # noqa: PERF401  the step is what matters
+        chunks = [chunk for chunk in made.update(step, outputs) if chunk.finish_reason is not None]
+        ended += [(steps, chunk.request_id, chunk.usage.completion_tokens) for chunk in chunks]
         made.check_integrity()
         if leaping and before == made.counters.preemptions:
             more = steady_steps(made, step, 1 + drafts)

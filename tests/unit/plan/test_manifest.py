@@ -61,7 +61,7 @@ def test_amd_asks_for_amd_gpus() -> None:
 
 
 def test_yaml_says_the_same() -> None:
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="reads the manifest back with a YAML parser")
     for item in (deployment(), deployment("vllm", Layout(tp=1, dp=16, ep=16), "b200")):
         assert list(yaml.safe_load_all(manifest_yaml(item))) == manifest(item)
 
