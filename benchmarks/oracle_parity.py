@@ -69,14 +69,14 @@ class RecordingRunner(ModelRunner):
         super().__init__(model, cache, sampler)
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
 
-    def _sample(self, step: StepInput, inputs: ForwardInput, hidden_TH: torch.Tensor, drafts: Any) -> Any:
-        logits = self.model.logits(hidden_TH)
+    def _sample(self, model: Glm, step: StepInput, inputs: ForwardInput, hidden_TH: torch.Tensor, drafts: Any) -> Any:
+        logits = model.logits(hidden_TH)
         row = 0
         for seq in step.seqs:
             for offset in range(len(seq.token_ids)):
                 self.rows.setdefault(seq.request_id, {})[seq.start + offset] = logits[row + offset].clone()
             row += len(seq.token_ids)
-        return super()._sample(step, inputs, hidden_TH, drafts)
+        return super()._sample(model, step, inputs, hidden_TH, drafts)
 
 
 class Session:

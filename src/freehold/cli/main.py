@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, str] = {
     "inspect": "Show what a checkpoint holds, from its headers only.",
     "quantize": "Write an int8, int4 or FP8 copy of a checkpoint, and measure it.",
     "debug": "Name the first layer whose output differs from transformers'.",
-    "train": "Train a small model from nothing, or fine-tune one on your own chats.",
+    "train": "Train a small model, or fine-tune one on your own chats.",
     "plan": "Size a deployment: memory, speed, cost, and how to launch it.",
     "bench": "Measure where time goes, or what 8-bit caches cost in quality.",
 }

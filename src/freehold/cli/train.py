@@ -19,4 +19,4 @@ SUBCOMMANDS: Mapping[str, tuple[str, str]] = {
 
 
 def train() -> None:
-    """Train a small model from nothing, or fine-tune one on your own chats."""
+    """Train a small model, or fine-tune one on your own chats."""
