@@ -10,6 +10,7 @@ import torch
 
 from freehold.errors import CheckpointError, ConfigError, InvalidRequest
 from freehold.headers import INDEX_NAME, CheckpointIndex
+from freehold.model import oracle
 from freehold.model.checkpoint_files import verify_manifest
 from freehold.model.config import GlmConfig
 from freehold.model.glm import Glm
@@ -61,8 +62,7 @@ def test_what_is_written_of_an_untouched_model_is_the_source_byte_for_byte(nano:
 
 
 def test_transformers_reads_it(nano: Path, tmp_path: Path) -> None:
-    oracle = pytest.importorskip("freehold.model.oracle")
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="compares with transformers")
     model = load(nano)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
