@@ -1,6 +1,6 @@
 # Freehold's chores. `make` lists them. Everything is installed into .venv; nothing outside this folder is changed.
 PYTHON ?= python3
-SIZE ?= small
+SIZE ?=
 PORT ?= 8000
 
 VENV := .venv
@@ -9,16 +9,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 LOCKS := requirements/torch.txt requirements/run.txt requirements/dev.txt
 BUILT_FROM := pyproject.toml setup.py $(wildcard native/*)
-MODEL := models/$(SIZE)
+NAME := $(or $(SIZE),freehold-tiny)
 
 .PHONY: help up install test nightly lint format docs lock bench wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-up: $(INSTALLED) ## install, make a small checkpoint and serve it on 127.0.0.1:8000 (SIZE=nano, PORT=...)
-	@$(BIN)/freehold tiny $(MODEL) --size $(SIZE)
-	@sed -n '/<!-- try -->/,/<!-- .try -->/{/^<!--/d;/^```/d;s/:8000/:$(PORT)/;s/"small"/"$(SIZE)"/;p}' README.md
-	@exec $(BIN)/freehold serve $(MODEL) --port $(PORT)
+up: $(INSTALLED) ## install, and serve models/freehold-tiny on 127.0.0.1:8000 (PORT=..., SIZE=nano: random weights)
+	@test -z "$(SIZE)" || $(BIN)/freehold tiny models/$(SIZE) --size $(SIZE)
+	@sed -n '/<!-- try -->/,/<!-- .try -->/{/^<!--/d;/^```/d;s/:8000/:$(PORT)/;s/"freehold-tiny"/"$(NAME)"/;p}' README.md
+	@exec $(BIN)/freehold serve models/$(NAME) --port $(PORT)
 
 install: $(INSTALLED) ## make .venv with torch, the locked packages and this package
 

@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure and the limit it must meet, with op one of >=, <=, ==, <."""
+    """A figure and the limit it must meet, with op one of >=, <=, ==, <, >."""
 
     name: str
     value: float
@@ -32,6 +32,7 @@ class Bar:
             ">=": self.value >= self.limit,
             "<=": self.value <= self.limit,
             "<": self.value < self.limit,
+            ">": self.value > self.limit,
             "==": self.value == self.limit,
         }[self.op]
 
@@ -46,8 +47,13 @@ class Report:
     samples: dict[str, Any] = field(default_factory=dict)
 
     def bar(self, name: str, value: float, op: str, limit: float) -> None:
-        self.bars.append(Bar(name, value, op, limit))
+        self.bars.append(Bar(name, float(value), op, limit))
         print(f"  {'pass' if self.bars[-1].passed else 'FAIL'}  {name}: {value:.6g} {op} {limit:g}")
+
+    def missing(self, what: str) -> None:
+        """Something that a bar needs is not there: as good as a bar that was not met."""
+        self.bars.append(Bar(what, 0.0, ">=", 1.0))
+        print(f"  FAIL  {what}")
 
     def finish(self, *, write: bool | None = None) -> int:
         """Full runs are kept as `results/NAME-DATE.json`; quick ones only print."""

@@ -19,8 +19,10 @@ from freehold import errors
 from freehold.cli.main import build_app, every_command
 from freehold.model.chat import effort
 from freehold.serve.fields import FIELDS
+from freehold.train.card import card, newest_results
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINED = ROOT / "models" / "freehold-tiny"
 PACKAGE = ROOT / "src" / "freehold"
 ENDPOINTS = {
     "chat": "/v1/chat/completions",
@@ -35,8 +37,12 @@ NOTE = "<!-- Made by `make docs` from {source}; do not edit. -->\n\n"
 
 def generated() -> dict[Path, str]:
     """Every file that has generated text, with the content it should have."""
-    files = {ROOT / path: make() for path, make in PAGES.items()}
-    for (path, name), make in REGIONS.items():
+    pages, regions = dict(PAGES), dict(REGIONS)
+    if TRAINED.is_dir():
+        pages[f"{TRAINED.relative_to(ROOT)}/README.md"] = trained_card
+        regions["README.md", "transcript"] = trained_transcript
+    files = {ROOT / path: make() for path, make in pages.items()}
+    for (path, name), make in regions.items():
         file = ROOT / path
         text = files.get(file) or file.read_text()
         files[file] = replace_region(text, name, make())
@@ -138,6 +144,21 @@ def fields_tables() -> str:
     return "\n" + "\n".join(parts) + "\n"
 
 
+# ---- the trained model
+
+
+def trained_card() -> str:
+    """Its model card, from the newest results of `benchmarks/tiny_model.py`."""
+    return card(TRAINED, newest_results(ROOT / "benchmarks" / "results"))
+
+
+def trained_transcript() -> str:
+    """What it answers."""
+    from docs.transcript import transcript  # it imports torch, which is not needed for the rest
+
+    return transcript(TRAINED)
+
+
 # ---- layout
 
 
@@ -186,6 +207,7 @@ REGIONS: Mapping[tuple[str, str], Callable[[], str]] = {
 
 
 def main() -> int:
+    sys.path.insert(0, str(ROOT))  # for docs.transcript
     for path, content in generated().items():
         if not path.exists() or path.read_text() != content:
             path.parent.mkdir(parents=True, exist_ok=True)

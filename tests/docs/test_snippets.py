@@ -32,7 +32,7 @@ FREEHOLD = [sys.executable, "-m", "freehold.cli.main"]
 
 @dataclass(frozen=True)
 class Server:
-    """A running `freehold serve` of a model named small. root: its address."""
+    """A running `freehold serve` of freehold-tiny, or of its name. root: its address."""
 
     root: str
     is_sim: bool
@@ -60,17 +60,19 @@ def wait_ready(process: subprocess.Popen[bytes], root: str, log: Path, seconds: 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models/small, which is really a nano: the blocks are about commands, not sizes."""
+    """A folder with models/small, which is really a nano: the blocks are about commands, not sizes; and with
+    models/freehold-tiny."""
     folder = tmp_path_factory.mktemp("here")
     command = [*FREEHOLD, "tiny", "models/small", "--size", "nano"]
     subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, timeout=120)
+    (folder / "models" / "freehold-tiny").symlink_to(ROOT / "models" / "freehold-tiny")
     return folder
 
 
 @pytest.fixture(scope="module", params=["sim", "checkpoint"])
 def server(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
-    what = ["--sim", "--served-model-name", "small"] if request.param == "sim" else ["models/small"]
+    what = ["--sim", "--served-model-name", "freehold-tiny"] if request.param == "sim" else ["models/freehold-tiny"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -134,7 +136,7 @@ def test_make_up_prints_the_snippets_of_the_readme() -> None:
     command = re.search(r"@(sed -n '/<!-- try -->/.*README\.md.*)$", makefile, re.MULTILINE)
     assert command, "the Makefile prints the README's try region"
     shown = subprocess.run(
-        ["sh", "-c", command[1].replace("$(PORT)", "8123").replace("$(SIZE)", "small").replace("$$", "$")],
+        ["sh", "-c", command[1].replace("$(PORT)", "8123").replace("$(NAME)", "freehold-tiny").replace("$$", "$")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -142,6 +144,6 @@ def test_make_up_prints_the_snippets_of_the_readme() -> None:
     ).stdout
     assert "curl http://127.0.0.1:8123/v1/chat/completions" in shown
     assert "from openai import OpenAI" in shown
-    assert "noise" in shown
+    assert '"model": "freehold-tiny"' in shown
     assert "<!--" not in shown
     assert "```" not in shown

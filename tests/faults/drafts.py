@@ -49,10 +49,10 @@ def swapped_input(runner: ModelRunner) -> Undo:
     return _replace(model.mtp, "enter", enter)
 
 
-class _OwnEntries(Drafter):
+class OwnEntries(Drafter):
     """Gives draft rows entries of their own, in the places that the next verification overwrites."""
 
-    def _extend_draft(self, chains: Any, depth: int, hidden_NH: Tensor) -> Any:
+    def extend_draft(self, chains: Any, depth: int, hidden_NH: Tensor) -> Any:
         """What extending the layer over the drafts just given returns, or None where the cache has no place."""
         size = self.cache.block_size
         spans, slots = [], []
@@ -68,13 +68,13 @@ class _OwnEntries(Drafter):
         return self.model.extend_mtp(hidden_NH, inputs, self.cache), inputs.slots_T
 
 
-class _SeedLate(_OwnEntries):
+class _SeedLate(OwnEntries):
     """The selection that draft steps share is made by the first of them, not by the last verified row."""
 
     def _next(self, chains: Any, depth: int, hidden_NH: Tensor, selection_NK: Tensor) -> Tensor:
         if depth == 0:
             self._late: dict[str, Tensor] = {}
-            if (made := self._extend_draft(chains, depth, hidden_NH)) is not None:
+            if (made := self.extend_draft(chains, depth, hidden_NH)) is not None:
                 extended, _ = made
                 rows = zip(chains, extended.selection_NK, strict=True)
                 self._late = {chain.seq.request_id: row_K for chain, row_K in rows}
@@ -84,13 +84,13 @@ class _SeedLate(_OwnEntries):
         return super()._next(chains, depth, hidden_NH, selection_NK)
 
 
-class _AttendsToDrafts(_OwnEntries):
+class _AttendsToDrafts(OwnEntries):
     """Draft rows attend to the shared selection, and to their own entries and those of the drafts before."""
 
     def _next(self, chains: Any, depth: int, hidden_NH: Tensor, selection_NK: Tensor) -> Tensor:
         if depth == 0:
             self._drafted: dict[str, list[int]] = {}
-        if (made := self._extend_draft(chains, depth, hidden_NH)) is not None:
+        if (made := self.extend_draft(chains, depth, hidden_NH)) is not None:
             for chain, slot in zip(chains, made[1].tolist(), strict=True):
                 self._drafted.setdefault(chain.seq.request_id, []).append(slot)
             own = [self._drafted[chain.seq.request_id] for chain in chains]
@@ -98,11 +98,11 @@ class _AttendsToDrafts(_OwnEntries):
         return super()._next(chains, depth, hidden_NH, selection_NK)
 
 
-class _NoSharing(_OwnEntries):
+class _NoSharing(OwnEntries):
     """Each draft step makes a selection and an entry of its own, though the model shares the first."""
 
     def _next(self, chains: Any, depth: int, hidden_NH: Tensor, selection_NK: Tensor) -> Tensor:
-        if (made := self._extend_draft(chains, depth, hidden_NH)) is not None:
+        if (made := self.extend_draft(chains, depth, hidden_NH)) is not None:
             return made[0].hidden_TH  # type: ignore[no-any-return]
         return super()._next(chains, depth, hidden_NH, selection_NK)
 

@@ -14,7 +14,7 @@ from freehold.model.oracle import load_oracle, load_ours, stable_selection
 from freehold.model.tiny import make_tiny
 from freehold.train.lora import TARGETS, Lora, LoraSettings, Target
 
-peft = pytest.importorskip("peft", reason="compares with PEFT")
+peft = pytest.importorskip("peft", reason="peft is not installed: it is an oracle for adapters only")
 TOKENS = [*range(40, 60), *range(100, 120)]  # index_topk is 16
 
 

@@ -144,7 +144,7 @@ def third_party_imports(files: list[Path]) -> dict[str, str]:
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    run = [*project["dependencies"], *extras["engine"], *extras["oracle"]]
+    run = [*project["dependencies"], *extras["engine"], *extras["train"], *extras["oracle"]]
     for files, declared in ((SOURCE, run), (PYTHON, [*run, *extras["dev"]])):
         names = {re.split(r"[<>=\s\[]", line)[0].lower() for line in declared}
         missing = {name: file for name, file in third_party_imports(files).items() if name not in names}

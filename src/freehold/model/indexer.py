@@ -31,7 +31,7 @@ class Indexer(nn.Module):
         self.k_norm = Norm(self.head_dim, bias=True, dtype=dtype, device=device)
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, device=device)
 
-    # Its inputs are detached in both: an indexer learns from its own loss (KL to the attention it serves), never from the
+    # Both detach their inputs: an indexer learns from its own loss (KL to the attention it serves) and never from the
     # model's, and moves nothing else. Choosing has no gradient, so nothing is lost.
 
     def write_keys(self, ops: Ops, x_TH: Tensor, cos: Tensor, sin: Tensor, keys_SD: IndexKeys, slots_T: Tensor) -> None:

@@ -103,7 +103,7 @@ class Batches:
                 many = max(1, self._tokens // length)
                 batches += [rows[i : i + many] for i in range(0, len(rows), many)]
                 shortest = length
-            random.shuffle(batches)  # type: ignore[arg-type]
+            random.shuffle(batches)
             self._epoch = (epoch, batches)
         return self._epoch[1]
 
@@ -141,7 +141,7 @@ def _pieces(starts: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack(pieces: list[int], sizes: np.ndarray, length: int) -> list[list[int]]:
-    """Rows of whole pieces: each goes into the fullest open row that takes it; the fullest row is closed for a new one."""
+    """Rows of whole pieces. Each goes into the fullest open row that takes it; a new row closes the fullest one."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, list[int]]] = []  # (room, row), least room first
     for piece in pieces:

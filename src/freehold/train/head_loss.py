@@ -23,14 +23,15 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, share_R: Tensor, half: bool
     ) -> Tensor:
         dtype = torch.bfloat16 if half else hidden_RH.dtype
+        sums = torch.promote_types(hidden_RH.dtype, torch.float32)
         weight = weight_VH.to(dtype)
         wanted = hidden_RH.requires_grad or weight_VH.requires_grad
         hidden_grad, weight_grad = torch.empty_like(hidden_RH), torch.zeros_like(weight_VH)
         total = torch.zeros((), dtype=torch.float64)
-        for rows in torch.arange(hidden_RH.shape[0]).split(_BLOCK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, hidden_RH.shape[0], _BLOCK):
+            part = slice(first, first + _BLOCK)
             hidden, target, share = hidden_RH[part].to(dtype), target_R[part, None], share_R[part]
-            logits = F.linear(hidden, weight).float()
+            logits = F.linear(hidden, weight).to(sums)
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += (share.double() * (log_sum - logits.gather(1, target))[:, 0].double()).sum()
             if wanted:  # d loss / d logits = softmax - one-hot
@@ -40,7 +41,7 @@ class _HeadLoss(torch.autograd.Function):
                 hidden_grad[part] = grad @ weight
                 weight_grad += (grad.T @ hidden).to(weight_grad.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad)
-        return total.to(hidden_RH.dtype if hidden_RH.dtype == torch.float64 else torch.float32)
+        return total.to(sums)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:

@@ -17,7 +17,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,7 +59,10 @@ class Losses(Protocol):
 
 
 class Learner(Protocol[B_contra]):
-    """What is trained: gives losses, and is told after each step of the optimiser."""
+    """What is trained: gives losses, and is told after each step of the optimiser.
+
+    Several learners may share one set of parameters (`replica`): they work side by side, each on a batch of its own.
+    """
 
     def losses(self, batch: B_contra, /) -> Losses: ...
 
@@ -121,7 +125,7 @@ class Loop(Generic[B]):
 
     def __init__(
         self,
-        learner: Learner[B],
+        learners: Learner[B] | Sequence[Learner[B]],
         parameters: Mapping[str, nn.Parameter],
         tensors: Mapping[str, Tensor],
         batches: Numbered[B],
@@ -130,7 +134,9 @@ class Loop(Generic[B]):
         *,
         held_out: Callable[[], float] | None = None,
     ) -> None:
-        self._learner, self._tensors, self._batches, self._held_out = learner, tensors, batches, held_out
+        self._learners = tuple(learners) if isinstance(learners, Sequence) else (learners,)
+        self._parameters = dict(parameters)
+        self._tensors, self._batches, self._held_out = tensors, batches, held_out
         self._settings, self._directory = settings, directory
         self._optimiser = Optimiser(parameters.items(), settings.optim)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
@@ -179,13 +185,11 @@ class Loop(Generic[B]):
         self._optimiser.zero_grad()
         parts: dict[str, float] = {}
         loss = 0.0
-        for batch in batches:
+        for batch, losses in zip(batches, self._gradients(batches, tokens), strict=True):
             share = batch.tokens / max(tokens, 1)
-            losses = self._learner.losses(batch)
             total = float(losses.total.detach())
             if not math.isfinite(total):
                 raise self._failed(f"the loss is {total}")
-            (losses.total * share).backward()  # type: ignore[no-untyped-call]
             loss += share * total
             for name, value in losses.parts.items():
                 parts[name] = parts.get(name, 0.0) + share * value
@@ -194,7 +198,8 @@ class Loop(Generic[B]):
             raise self._failed(f"the norm of the gradients is {norm}")
         factor = settings.schedule.factor(self._step, settings.steps)
         self._optimiser.step(factor)
-        self._learner.balance()
+        for learner in self._learners:
+            learner.balance()
         parts |= self._evaluate()
         seconds = time.perf_counter() - started
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
@@ -202,6 +207,34 @@ class Loop(Generic[B]):
         log.write({**row, "norm": norm, "loss": loss, **parts})
         self._step += 1
         return StepReport(self._step, settings.steps, loss, tokens, seconds)
+
+    def _gradients(self, batches: Sequence[B], tokens: int) -> list[Losses]:
+        """Losses of the batches; their gradients, weighted by tokens, are added up in the parameters' `.grad`.
+
+        With several learners, each has a thread and takes every so-manieth batch. The sums are made in the order of
+        the batches, so they do not depend on which thread is faster.
+        """
+        wanted = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+
+        def work(place: int) -> list[tuple[Losses, tuple[Tensor | None, ...]]]:
+            done: list[tuple[Losses, tuple[Tensor | None, ...]]] = []
+            for batch in batches[place :: len(self._learners)]:
+                losses = self._learners[place].losses(batch)
+                share = batch.tokens / max(tokens, 1)
+                done.append((losses, torch.autograd.grad(losses.total * share, wanted, allow_unused=True)))
+            return done
+
+        if len(self._learners) == 1:
+            found = [work(0)]
+        else:
+            with _threads_each(1), ThreadPoolExecutor(len(self._learners)) as pool:
+                found = list(pool.map(work, range(len(self._learners))))
+        ordered = [found[i % len(found)][i // len(found)] for i in range(len(batches))]
+        for _, gradients in ordered:
+            for parameter, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return [losses for losses, _ in ordered]
 
     def _evaluate(self) -> dict[str, float]:
         """The held-out loss when it is due; nan otherwise, so that the log has the column."""
@@ -272,6 +305,17 @@ def _deterministic(seed: int) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         memory.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _threads_each(count: int) -> Iterator[None]:
+    """Within it, operations use `count` threads of their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _comparable(settings: LoopSettings) -> dict[str, Any]:

@@ -105,6 +105,13 @@ class TrainingModel:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
 
+    def replica(self) -> TrainingModel:
+        """Another of the same model, sharing every parameter, that can work on a batch in a thread of its own."""
+        twin = Glm(self.model.config, dtype=self.model.dtype, device="meta")
+        for mine, other in zip(self.model.modules(), twin.modules(), strict=True):
+            other._parameters = mine._parameters
+        return TrainingModel(twin, self.objective)
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that learn, by name; correction biases never do (`balance` moves them)."""
         for name, parameter in self.model.named_parameters():
@@ -179,7 +186,8 @@ class TrainingModel:
         assert mtp is not None
         layer, inputs = model.config.num_hidden_layers, one.inputs
         latent, keys = one.cache.latent[layer], one.cache.index[layer]
-        assert isinstance(latent, Tensor) and isinstance(keys, Tensor)
+        assert isinstance(latent, Tensor)
+        assert isinstance(keys, Tensor)
         rows = inputs.num_rows
         one.cache.latent[layer], one.cache.index[layer] = latent[:rows], keys[:rows]
         rope = model.rope.tables(inputs.positions_T)

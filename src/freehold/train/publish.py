@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freehold.errors import CheckpointError, ConfigError, DiskFull, InvalidRequest
 from freehold.headers import encode_header
@@ -31,6 +31,7 @@ from freehold.model.stored import StoredTensor
 from freehold.model.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 2 << 30
+_VOCABULARY_UNIT = 64  # rows, as published vocabularies are padded
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ReadTensor = Callable[[str], Tensor]
 """Gives a tensor by its published name, in the shape of the checkpoint."""
@@ -87,6 +88,21 @@ def write(
         tokenizer.save(work)
         check_written(work)
     return Published(Path(directory), *written)
+
+
+def drop_unused_tokens(model: Glm, tokenizer: Tokenizer, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """Leave out the rows of embedding and head that no token of the tokenizer has, down to a multiple of 64.
+
+    Changes `model` in place; gives the tokenizer and config.json of the smaller vocabulary. Nothing else changes.
+    """
+    ids = Tokenizer(tokenizer.backend).vocab_size
+    rows = min(-(-ids // _VOCABULARY_UNIT) * _VOCABULARY_UNIT, int(config["vocab_size"]))
+    smaller = {**config, "vocab_size": rows}
+    assert isinstance(model.lm_head.weight, Tensor)
+    model.embed_tokens = nn.Parameter(model.embed_tokens.detach()[:rows].clone())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach()[:rows].clone())
+    model.config = GlmConfig.from_dict(smaller)
+    return Tokenizer(tokenizer.backend, vocab_size=rows), smaller
 
 
 def write_tensors(

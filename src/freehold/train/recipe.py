@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from freehold.errors import InvalidRequest
 from freehold.train.corpus import CorpusSettings
-from freehold.train.data.mixture import MIXTURE
+from freehold.train.data.mixture import FIRST_MIXTURE, MIXTURE
 from freehold.train.loop import LoopSettings
 from freehold.train.objective import Objective
 from freehold.train.optim import Optim
@@ -92,21 +92,40 @@ def tiny_recipe() -> Recipe:
     return Recipe("freehold-tiny", tiny_config(), tuple(_STAGES.values()))
 
 
+_SHORT = (96, 128, 160, 192, 256, 320, 384)
+_LONG = (*_SHORT, 512, 640, 768, 1024, 1280)
 _STAGES: Mapping[StageName, Stage] = {
-    "pretrain": Stage("pretrain", 10_000_000, Objective(mtp_share=0.5, half=True)),
+    "pretrain": Stage(
+        "pretrain",
+        3_500_000,
+        Objective(mtp_share=0.25, half=True),
+        Optim(lr=4e-3, matrix_lr=8e-3),
+        Schedule(decay=0.0),
+        lengths=_SHORT,
+        batch_tokens=1280,
+        accumulate=2,
+        prompt_weight=0.3,
+        mixture=FIRST_MIXTURE,
+    ),
     "indexer": Stage(
         "indexer",
-        500_000,
+        300_000,
         Objective(mtp_weight=0.0, indexer="warm-up", half=True),
         Optim(lr=5e-3, decay=0.0),
+        lengths=_LONG,
+        batch_tokens=2560,
+        accumulate=2,
         data_seed=1,
     ),
     "sft": Stage(
         "sft",
-        8_000_000,
-        Objective(indexer="sparse", half=True),
-        Optim(lr=2e-3),
-        Schedule(decay=0.6),
+        4_500_000,
+        Objective(indexer="sparse", mtp_share=0.25, mtp_drafts=3, half=True),
+        Optim(lr=4e-3, matrix_lr=8e-3),
+        Schedule(decay=0.8),
+        lengths=_LONG,
+        batch_tokens=1280,
+        accumulate=2,
         prompt_weight=0.1,
         data_seed=2,
     ),

@@ -7,11 +7,14 @@ are longer. rope_theta fits contexts of some thousand tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from freehold.errors import ConfigError
 from freehold.model.sizes import size_config
-from freehold.model.tokenizer import SPECIAL, TOY_RESERVED
+from freehold.model.tokenizer import SPECIAL, TOY_RESERVED, Tokenizer
 
+ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 192,
@@ -43,7 +46,18 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     layers, first_special = config["num_hidden_layers"], config["vocab_size"] - TOY_RESERVED
     config["indexer_types"] = ["full" if max(i - 2, 0) % 4 == 0 else "shared" for i in range(layers)]
     config["mlp_layer_types"] = ["dense" if i < config["first_k_dense_replace"] else "sparse" for i in range(layers)]
-    ends = ("<|endoftext|>", "<|user|>", "<|observation|>")
-    config["eos_token_id"] = [first_special + SPECIAL[text] for text in ends]
+    config["eos_token_id"] = [first_special + SPECIAL[text] for text in ENDS]
     config["pad_token_id"] = first_special + SPECIAL["<|endoftext|>"]
     return {**config, **changes}
+
+
+def with_ends(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config with the ids at which this tokenizer's turns end: a tokenizer that found fewer pieces than it had room
+    for has its control tokens lower, and a model with other ends would never stop.
+
+    Raises ConfigError for a tokenizer without GLM's control tokens.
+    """
+    ends = [tokenizer.special_id(text) for text in ENDS]
+    if None in ends:
+        raise ConfigError(f"the tokenizer lacks {ENDS[ends.index(None)]}: a model could not end what it says")
+    return {**config, "eos_token_id": ends, "pad_token_id": ends[0]}

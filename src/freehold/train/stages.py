@@ -32,6 +32,7 @@ from freehold.train.loop import Finished, Loop, StepReport
 from freehold.train.objective import TrainingModel
 from freehold.train.publish import read_config, write
 from freehold.train.recipe import Stage
+from freehold.train.shape import with_ends
 from freehold.train.tokenizer import generated_tokenizer, train_tokenizer
 
 MODEL_NAME = "model"
@@ -52,7 +53,8 @@ class Start:
 
 
 def from_nothing(config: Mapping[str, Any], tokenizer: Tokenizer, seed: int) -> Start:
-    """A model with initial weights."""
+    """A model with initial weights, which ends what it says where the tokenizer's turns end."""
+    config = with_ends(config, tokenizer)
     model = Glm(GlmConfig.from_dict(config), dtype=torch.float32)
     initialise(model, seed)
     return Start(model, config, tokenizer, f"initial weights, seed {seed}")
@@ -139,7 +141,7 @@ def run_stage(
     training = TrainingModel(start.model, stage.objective)
     batches = batches_of(corpus, stage)
     loop = Loop(
-        training,
+        [training, *(training.replica() for _ in range(1, min(stage.accumulate, torch.get_num_threads())))],
         dict(training.parameters()),
         _tensors(start.model),
         batches,

@@ -7,7 +7,7 @@ A directory has all of it; each part that is complete is kept, so that after a k
     1-pretrain/ ...   the runs, as `loop` and `stages` keep them
     plot.png          the logs of all stages
     recipe.json       what it is made by; another recipe refuses to go on here
-    freehold-tiny/    the checkpoint, with the model card, the logs and the plot
+    freehold-tiny/    the checkpoint, with the logs, the plot, and a model card without measurements yet
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Protocol
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.checkpoint_files import Progress, write_text
 from freehold.model.tokenizer import Tokenizer
+from freehold.train.card import write_card
 from freehold.train.log import LOG_NAME
 from freehold.train.loop import Finished, StepReport
 from freehold.train.plot import plot
-from freehold.train.publish import write
+from freehold.train.publish import drop_unused_tokens, write
 from freehold.train.recipe import Recipe
 from freehold.train.run_directory import begin, run_lock
 from freehold.train.stages import Source, Start, from_directory, from_nothing, run_stage
@@ -86,11 +87,16 @@ def _tokenizer(recipe: Recipe, directory: Path, shown: Shown) -> Tokenizer:
 
 
 def _publish(recipe: Recipe, start: Start, runs: list[Path], out: Path) -> None:
-    """The last run's weights as freehold-tiny: nothing in a checkpoint depends on when it was written."""
-    write(start.model, start.tokenizer, start.config, out / recipe.name, replace=True)
+    """The last run's weights as freehold-tiny, without the rows of tokens that there are not.
+
+    Nothing in a checkpoint depends on when it was written.
+    """
+    tokenizer, config = drop_unused_tokens(start.model, start.tokenizer, start.config)
+    write(start.model, tokenizer, config, out / recipe.name, replace=True)
     training = out / recipe.name / "training"
     training.mkdir()
     shutil.copyfile(out / "plot.png", training / "plot.png")
     shutil.copyfile(out / "recipe.json", training / "recipe.json")
     for run in runs:
         write_text(training / f"{run.name}.csv", (run / LOG_NAME).read_text(encoding="utf-8"))
+    write_card(out / recipe.name)

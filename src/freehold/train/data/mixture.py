@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
 
-from freehold.train.data import arithmetic, chats, formats, reading, retrieval, stories, tools
+from freehold.train.data import arithmetic, chats, echo, formats, reading, retrieval, stories, tools
 from freehold.train.data.example import Effort, Example
 from freehold.train.data.words import Split, Words
 
@@ -24,6 +24,7 @@ KINDS: Mapping[str, Maker] = {
     "memory": chats.memory,
     "persona": chats.persona,
     "refusal": chats.refusal,
+    "echo": echo.make,
 }
 # Shares of examples. Of tokens, retrieval and tools are about 30 % each, formats 13 %, stories 15 %, arithmetic 7 %.
 MIXTURE: Mapping[str, float] = {
@@ -41,6 +42,8 @@ MIXTURE: Mapping[str, float] = {
     "persona": 0.01,
     "refusal": 0.02,
 }
+# Of a model that knows nothing yet: every sixth example is a line that comes again.
+FIRST_MIXTURE: Mapping[str, float] = {**{kind: share * 5 / 6 for kind, share in MIXTURE.items()}, "echo": 1 / 6}
 EFFORT_SHARES: Mapping[Effort, float] = {"none": 0.6, "high": 0.2, "max": 0.2}
 
 
