@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _new_task import TRAINED_ON, adapt, tickets
+from _new_task import SETTINGS, TRAINED_ON, adapt, orders
 from _tiny_tasks import checked, open_model, solve
 
 from freehold import LLM
 from freehold.stats import Interval, paired_difference
 from freehold.train.data.example import Example
 from freehold.train.data.mixture import KINDS
-from freehold.train.finetune import FinetuneSettings
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ def measure(
 
     epochs: other than what suits a user.
     """
-    task, general = tickets("test", prompts), general_set(prompts)
+    task, general = orders("test", prompts), general_set(prompts)
     with open_model(checkpoint, threads=threads) as llm:
         before = _right(llm, task), _right(llm, general)
-    adapted = adapt(checkpoint, scratch, settings=None if epochs is None else FinetuneSettings(epochs=epochs))
+    adapted = adapt(checkpoint, scratch, settings=None if epochs is None else replace(SETTINGS, epochs=epochs))
     with open_model(adapted.merged, threads=threads) as llm:
         after = _right(llm, task), _right(llm, general)
     return Outcome(adapted.seconds, TRAINED_ON, before[0], after[0], before[1], after[1])

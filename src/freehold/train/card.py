@@ -118,7 +118,7 @@ def _abilities(results: Mapping[str, Any] | None) -> Iterator[str]:
         before, after = (sum(lora[key]) / len(lora[key]) for key in ("task_before", "task_after"))
         gained, lost = lora["gained"], lora["lost"]
         yield (
-            f"It can be taught: a LoRA adapter on {lora['chats']} examples of a task it had not seen took "
+            f"Teaching it: a LoRA adapter on {lora['chats']} examples of a task it had not seen took "
             f"{lora['seconds'] / 60:.1f} minutes and moved it from {before:.0%} to {after:.0%} there "
             f"({gained[0]:+.0f} points, {gained[1]:+.0f} to {gained[2]:+.0f}), and by {-lost[0]:+.1f} points "
             f"({-lost[2]:+.1f} to {-lost[1]:+.1f}) on all else.\n"
