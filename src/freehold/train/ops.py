@@ -2,7 +2,7 @@
 
 The model's code is the engine's. Three of its operations work differently here, because no cache outlives a pass:
 
-    write_cache       the rows are the cache, in order: slot r is row r
+    write_cache       the rows are the cache, in order: slot r is row r (`_store`)
     select            gives a mask [B, T, T] of the positions each row attends to, not a list of slots
     sparse_attention  takes that mask; every row goes this way, and index_topk beyond the context means dense
 
@@ -82,27 +82,9 @@ class TrainingOps(ReferenceOps):
         # Less than any score, and falling: what is not allowed is chosen last, and there are no ties among it.
         self._least_S = -1e30 * (1 + torch.arange(length, device=allowed_BTS.device) / length)
 
-    def write_cache(
-        self,
-        x_TC: Tensor,
-        weight_A: Tensor,
-        bias_A: Tensor | None,
-        eps: float,
-        cos_TQ2: Tensor,
-        sin_TQ2: Tensor,
-        interleaved: bool,
-        first: int,
-        cache_SC: Latents | IndexKeys,
-        slots_T: Tensor,
-    ) -> None:
+    def _store(self, cache_SC: Latents | IndexKeys, slots_T: Tensor, row_TC: Tensor) -> None:
         assert isinstance(cache_SC, Tensor)
-        normed, rest = torch.split(x_TC, [weight_A.shape[0], x_TC.shape[1] - weight_A.shape[0]], dim=-1)
-        if bias_A is None:
-            normed = self.rms_norm(normed, weight_A, eps)
-        else:
-            normed = self.layer_norm(normed, weight_A, bias_A, eps)
-        row_TC = torch.cat((normed, rest), dim=-1)
-        cache_SC.copy_(self.rope(row_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0])
+        cache_SC.copy_(row_TC)
 
     def select(
         self,

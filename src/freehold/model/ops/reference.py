@@ -73,11 +73,13 @@ class ReferenceOps:
         else:
             normed = self.layer_norm(normed, weight_A, bias_A, eps)
         x_TC = torch.cat((normed, rest), dim=-1)
-        x_TC = self.rope(x_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0]
+        self._store(cache_SC, slots_T, self.rope(x_TC[:, None], cos_TQ2, sin_TQ2, interleaved, first)[:, 0])
+
+    def _store(self, cache_SC: Tensor | Fp8Keys | Fp8Latents, slots_T: Tensor, row_TC: Tensor) -> None:
         if isinstance(cache_SC, Fp8Keys | Fp8Latents):
-            cache_SC.write(slots_T, x_TC)
+            cache_SC.write(slots_T, row_TC)
         else:
-            cache_SC[slots_T] = x_TC.to(cache_SC.dtype)
+            cache_SC[slots_T] = row_TC.to(cache_SC.dtype)
 
     def swiglu(self, x_TH: Tensor, gate_IH: Weight, up_IH: Weight, down_HI: Weight) -> Tensor:
         gated = F.silu(self.linear(x_TH, gate_IH)) * self.linear(x_TH, up_IH)
