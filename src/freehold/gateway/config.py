@@ -1,0 +1,271 @@
+"""The gateway's one TOML file: strict keys, frozen objects, errors that name the key. Torch-free.
+
+    [gateway]  [store]  [upstreams.NAME]  [models.ALIAS]  [[routes]]  [experiments.NAME]  [keys.NAME]  [teams.NAME]
+
+`docs/reference/gateway.md` is generated from these classes: a field's description is its documentation.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from freehold.errors import ConfigError
+from freehold.gateway.call import Effort
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=128)]
+Speaks = Literal["chat", "completions", "responses", "messages", "embeddings"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Dollars = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Every table of the file: unknown keys are errors, nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Gateway(Section):
+    host: str = Field("127.0.0.1", description="Address to bind; another than loopback needs keys.")
+    port: int = Field(8080, ge=0, le=65535, description="0: any free port.")
+    data_dir: Path = Field(Path("freehold-gateway"), description="Database, audit log, secrets; made with mode 0700.")
+    air_gapped: bool = Field(False, description="Refuse every upstream that is not on a private or loopback address.")
+    drain_seconds: Seconds = Field(30.0, description="How long running calls may take to end after SIGTERM.")
+    max_body_bytes: int = Field(33_554_432, gt=0, description="Larger requests get 413.")
+    admin_key_env: str = Field("", description="Environment variable with the admin key; no key, no admin API.")
+    admin_key_file: Path | None = Field(None, description="File with the admin key.")
+    sample_prompts: Share = Field(0.0, description="Share of calls whose text is kept; 0: none.")
+    redact: str = Field("", description="`module:function` that is given each text before it is kept.")
+
+
+class Store(Section):
+    kind: Literal["sqlite", "postgres"] = "sqlite"
+    dsn_env: str = Field("", description="Environment variable with the PostgreSQL address.")
+    flush_ms: Annotated[int, Field(gt=0, le=200)] = Field(100, description="Rows reach the disk at most so much later.")
+    retention_days: Annotated[int, Field(gt=0)] | None = Field(None, description="Older rows are deleted.")
+
+
+class Timeouts(Section):
+    connect: Seconds = 3.0
+    first_byte: Seconds = 120.0
+    between_chunks: Seconds = 60.0
+    total: Seconds = 1800.0
+
+
+class Health(Section):
+    path: str = Field("/health", description="Asked for at the upstream's root; 2xx is healthy.")
+    every: Seconds = 5.0
+    failures: int = Field(3, gt=0, description="So many in a row eject a replica; one good answer brings it back.")
+
+
+class Breaker(Section):
+    failures: int = Field(5, gt=0, description="So many in a row open the circuit.")
+    open_seconds: Seconds = Field(10.0, description="Then one call is let through.")
+
+
+class Prices(Section):
+    """USD a million tokens."""
+
+    input: Dollars = 0.0
+    cached_input: Dollars | None = None
+    output: Dollars = 0.0
+
+
+class UpstreamModel(Section):
+    prices: Prices = Prices()
+    weights: str = Field("", description="Digest of the weights, for the ledger.")
+    licence: str = ""
+    context: int | None = Field(None, gt=0, description="Tokens of context, if less than the model's.")
+
+
+class Upstream(Section):
+    url: str = Field("", description="Base URL, with /v1.")
+    urls: tuple[str, ...] = Field((), description="Of several replicas, instead of url.")
+    speaks: tuple[Speaks, ...] = Field(("chat", "completions"), description="Wire formats it knows.")
+    engine: Literal["freehold", "vllm", "sglang", "llamacpp", "api"] = "api"
+    key_env: str = ""
+    key_file: Path | None = None
+    auth: Literal["bearer", "x-api-key", "none"] = "bearer"
+    models: dict[Name, UpstreamModel] = Field(default_factory=dict)
+    provider: str = Field("", description="Who runs it, for the policy; empty: ourselves.")
+    region: str = Field("", description="Where it runs, for the policy.")
+    data_classes: tuple[str, ...] = Field((), description="Classes of data it may be sent; unclassed data always may.")
+    note: str = Field("", description="Shown by `freehold gateway check`.")
+    max_concurrent: int | None = Field(None, gt=0)
+    timeouts: Timeouts = Timeouts()
+    health: Health = Health()
+    breaker: Breaker = Breaker()
+    metrics: bool = Field(False, description="Read /metrics of replicas, to send calls to the least loaded.")
+
+    @model_validator(mode="after")
+    def _one_address(self) -> Self:
+        if bool(self.url) == bool(self.urls):
+            raise ValueError("give either url or urls")
+        for url in self.replicas:
+            if not url.startswith(("http://", "https://")) or "@" in url or "?" in url or "#" in url:
+                raise ValueError(f"{url!r} is not a plain http:// or https:// address")
+        if self.key_env and self.key_file:
+            raise ValueError("give either key_env or key_file")
+        return self
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Base URLs without a slash at the end."""
+        return tuple(url.rstrip("/") for url in (self.urls or (self.url,)))
+
+
+class Arm(Section):
+    name: Name
+    upstream: Name
+    model: Name = Field(description="What it is called at the upstream.")
+    weight: float = Field(1.0, ge=0, description="Share of the sticky units, among the weights of all arms.")
+    effort: Effort | None = Field(None, description="Replaces the effort a request asks for.")
+
+
+class Model(Section):
+    """An alias: what clients ask for."""
+
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    fallback: tuple[Name, ...] = Field((), description="Aliases tried when all arms fail before the first byte.")
+    max_output_tokens: int = Field(32_768, gt=0, description="What a request without a limit may cost, for budgets.")
+    note: str = ""
+
+
+class When(Section):
+    """All that are given must hold."""
+
+    model: tuple[Name, ...] = ()
+    key: tuple[str, ...] = ()
+    team: tuple[str, ...] = ()
+    header: dict[str, str] = Field(default_factory=dict, description="Lower-case name, exact value.")
+    task: tuple[str, ...] = Field((), description="Values of the header x-task.")
+    body_bytes_over: int | None = None
+    body_bytes_under: int | None = None
+    prompt_name: tuple[str, ...] = ()
+    prompt_version: tuple[str, ...] = ()
+    effort: tuple[Effort, ...] = ()
+
+
+class Route(Section):
+    """The first one whose condition holds sends the request to another alias, with another effort."""
+
+    name: Name
+    when: When = When()
+    to: Name | None = None
+    effort: Effort | None = None
+    mode: Literal["on", "shadow"] = Field("on", description="shadow: only count what it would have saved.")
+
+
+class Guardrail(Section):
+    metric: str = Field(
+        description="One of `freehold.gateway.windows.METRICS`."
+    )
+    margin: float = Field(description="How much worse is still accepted: absolute for rates and scores, else relative.")
+
+
+class Experiment(Section):
+    alias: Name
+    control: Name = Field(description="An arm of the alias.")
+    canary: Name = Field(description="Another.")
+    sticky: Literal["conversation", "user", "key"] = "conversation"
+    steps: tuple[Share, ...] = Field((0.05, 0.25, 0.5, 1.0), description="Canary's share of the units, ascending.")
+    shadow: Share = Field(0.0, description="Share of the control's requests that are mirrored to the canary.")
+    guardrails: tuple[Guardrail, ...] = Field(min_length=1)
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false rollback, over the whole experiment.")
+    aa_units: int = Field(0, ge=0, description="A/A first: so many units with both arms the control.")
+    warm_up_requests: int = Field(20, ge=0, description="First requests of the canary that are not analysed.")
+    min_step_requests: int = Field(200, ge=0, description="Of the canary, before the next step.")
+    max_requests: int = Field(4000, gt=0, description="Of the canary; then it is inconclusive.")
+    when_inconclusive: Literal["hold", "rollback"] = "rollback"
+
+
+class Key(Section):
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="Of the key; the key is nowhere.")
+    team: str = ""
+    scopes: tuple[Literal["chat", "completions", "responses", "messages", "embeddings", "feedback"], ...] = (
+        "chat",
+        "completions",
+        "responses",
+        "messages",
+        "embeddings",
+        "feedback",
+    )
+    models: tuple[Name, ...] = Field((), description="Aliases it may use; empty: all.")
+    data_class: str = ""
+    requests_per_minute: int | None = Field(None, gt=0)
+    tokens_per_minute: int | None = Field(None, gt=0)
+    max_concurrent: int | None = Field(None, gt=0)
+    budget_per_day: Dollars | None = Field(None, description="USD a UTC day.")
+
+
+class Team(Section):
+    budget_per_day: Dollars | None = None
+
+
+class Settings(Section):
+    """The whole file."""
+
+    gateway: Gateway = Gateway()
+    store: Store = Store()
+    upstreams: dict[Name, Upstream] = Field(min_length=1)
+    models: dict[Name, Model] = Field(min_length=1)
+    routes: tuple[Route, ...] = ()
+    experiments: dict[Name, Experiment] = Field(default_factory=dict)
+    keys: dict[Name, Key] = Field(default_factory=dict)
+    teams: dict[Name, Team] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        for alias, model in self.models.items():
+            for arm in model.arms:
+                upstream = self.upstreams.get(arm.upstream)
+                if upstream is None:
+                    raise ValueError(f"models.{alias}: there is no upstream {arm.upstream!r}")
+                if arm.model not in upstream.models:
+                    raise ValueError(f"models.{alias}: upstream {arm.upstream!r} has no model {arm.model!r}")
+            if len({arm.name for arm in model.arms}) < len(model.arms):
+                raise ValueError(f"models.{alias}: two arms have the same name")
+            if not any(arm.weight for arm in model.arms):
+                raise ValueError(f"models.{alias}: no arm has a weight")
+            for other in model.fallback:
+                if other not in self.models or other == alias:
+                    raise ValueError(f"models.{alias}: fallback {other!r} is not another alias")
+        for route in self.routes:
+            for name in (*route.when.model, *((route.to,) if route.to else ())):
+                if name not in self.models:
+                    raise ValueError(f"routes {route.name!r}: there is no model {name!r}")
+        for name, each in self.experiments.items():
+            arms = {arm.name for arm in self.models[each.alias].arms} if each.alias in self.models else set()
+            if not {each.control, each.canary} <= arms or each.control == each.canary:
+                raise ValueError(f"experiments.{name}: control and canary must be two arms of {each.alias!r}")
+            if not each.steps or list(each.steps) != sorted(set(each.steps)) or each.steps[0] <= 0:
+                raise ValueError(f"experiments.{name}: steps must rise, from above 0")
+        for name, key in self.keys.items():
+            unknown = [alias for alias in key.models if alias not in self.models]
+            if unknown or (key.team and key.team not in self.teams):
+                raise ValueError(f"keys.{name}: there is no {'model ' + unknown[0] if unknown else 'team ' + key.team}")
+        return self
+
+
+def read(path: Path) -> Settings:
+    """Read and check the file. Raises ConfigError that names the key and what is wrong with it."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(text: str, name: str = "config") -> Settings:
+    """Settings from TOML text. Raises ConfigError."""
+    try:
+        return Settings.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
