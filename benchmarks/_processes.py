@@ -31,6 +31,7 @@ class Process:
     ) -> None:
         self.command, self.cores, self.env, self.log, self.stdin = list(command), cores, env, log, stdin
         self._buffer = b""
+        self.ready_seconds = float("nan")  # from the start of the command
 
     def __enter__(self) -> Self:
         pin: Callable[[], None] | None = None
