@@ -23,7 +23,10 @@ Observer: TypeAlias = Callable[[Row], None]
 
 class Keys(Protocol):
     def authenticate(self, token: str) -> Caller | None:
-        """Whose key this is; None: nobody's. In memory, and in a time that tells nothing about the keys."""
+        """Whose key this is; None: nobody's. In memory, and in a time that tells nothing about the keys.
+
+        "" (no key was sent) is somebody's, with every scope, as long as there are no keys at all.
+        """
 
 
 class Replica(Protocol):
@@ -41,8 +44,11 @@ class Router(Protocol):
         Raises NotFound (no such alias), InvalidRequest, PolicyRefused.
         """
 
-    def choose(self, target: Target, request: Request) -> Replica:
-        """The replica to try, whose in-flight count it raises. Raises Unavailable: none takes calls now."""
+    def choose(self, target: Target, request: Request, avoid: frozenset[str] = frozenset()) -> Replica:
+        """The replica to try, whose in-flight count it raises. Raises Unavailable: none takes calls now.
+
+        avoid: URLs that have failed this request, which are tried again only if there is no other.
+        """
 
     def done(self, replica: Replica, ok: bool) -> None:
         """An attempt at a chosen replica is over, once for each `choose`. ok: the upstream did its part, also where
