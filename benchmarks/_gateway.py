@@ -136,7 +136,7 @@ class Gateway(Process):
     @property
     def database(self) -> Path:
         """Raises RuntimeError if there is none."""
-        found = sorted((self.directory / "data").glob("*.sqlite*")) + sorted((self.directory / "data").glob("*.db"))
+        found = sorted((self.directory / "data").glob("*.sqlite3"))
         if not found:
             raise RuntimeError(f"no database among {sorted((self.directory / 'data').glob('*'))}")
         return found[0]
@@ -145,7 +145,7 @@ class Gateway(Process):
         """Rows of the ledger that are on the disk now, by time."""
         with closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as database:
             database.row_factory = sqlite3.Row
-            return [dict(row) for row in database.execute("select * from rows order by row_id")]
+            return [dict(row) for row in database.execute("select * from calls order by row_id")]
 
 
 def chat(text: str = "hi", model: str = "m", **more: Any) -> dict[str, Any]:

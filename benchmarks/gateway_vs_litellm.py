@@ -73,7 +73,7 @@ canary = "new"
 steps = [0.05]
 max_requests = 1000000
 guardrails = [
-  {{ metric = "error_rate", margin = 0.5 }},
+  {{ metric = "error", margin = 0.5 }},
   {{ metric = "ttft_p95", margin = 50.0 }},
   {{ metric = "cost", margin = 50.0 }},
 ]
