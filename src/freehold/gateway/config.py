@@ -174,7 +174,18 @@ class Paths(Section):
     )
     reasoning_words: tuple[str, ...] = Field(
         (
-            *("algorithm", "analyse", "analyze", "bug", "calculate", "compare", "debug", "derive", "design", "diagnose"),
+            *(
+                "algorithm",
+                "analyse",
+                "analyze",
+                "bug",
+                "calculate",
+                "compare",
+                "debug",
+                "derive",
+                "design",
+                "diagnose",
+            ),
             *("explain why", "optimise", "optimize", "plan", "proof", "prove", "refactor", "root cause", "solve"),
             *("step by step", "trade-off", "traceback"),
         ),
