@@ -30,16 +30,16 @@ from freehold.ledger import Row
 _TRANSLATED: Mapping[str, str] = {"chat": "messages", "messages": "chat"}
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How an experiment stands now. share: of the units that the canary has; 0: rolled back, 1: promoted.
+class Standing(Protocol):
+    """How an experiment stands now."""
 
-    aa: both arms are the control, under two names. mirrors: the control's requests may be copied to the canary.
-    """
+    @property
+    def share(self) -> float:
+        """Of the units that the canary has. 0: it was rolled back, 1: it was promoted."""
 
-    share: float
-    aa: bool = False
-    mirrors: bool = True
+    @property
+    def aa(self) -> bool:
+        """Both arms are the control, under two names."""
 
 
 class Experiments(Protocol):
@@ -49,6 +49,14 @@ class Experiments(Protocol):
         """None: it is not running, and the arms have the weights that the settings say. Called for each request."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A standing that is just said."""
+
+    share: float
+    aa: bool = False
+
+
 class FirstSteps:
     """Every experiment at the first step of its ramp, for good: a plain sticky split that nobody watches."""
 
@@ -56,7 +64,7 @@ class FirstSteps:
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
-        self._standings = {name: Standing(each.steps[0]) for name, each in settings.experiments.items()}
+        self._standings = {name: Fixed(each.steps[0]) for name, each in settings.experiments.items()}
 
     def standing(self, experiment: str) -> Standing | None:
         return self._standings.get(experiment)
@@ -281,6 +289,7 @@ def _in_order(split: _Split, standing: Standing, chosen: _Arm, arms: Sequence[_A
 
 
 def _mirrored(split: _Split, standing: Standing, request: Request) -> bool:
+    """Whether the control's request is copied to the canary: not to one that is equal, rolled back or promoted."""
+    running = 0 < standing.share < 1 and not standing.aa
     share = split.settings.shadow
-    running = standing.mirrors and not standing.aa
     return running and share > 0 and split.mirror(request.request_id) < share
