@@ -63,6 +63,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     effort: str = ""
     streamed: bool = False
     data_class: str = ""
+    route: str = ""  # the rule that sent it elsewhere than to its alias
+    would: str = ""  # the rule in shadow mode that would have
     # experiment
     experiment: str = ""
     arm: str = ""  # assigned: analysed by intention to treat

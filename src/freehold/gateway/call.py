@@ -80,7 +80,8 @@ class Decision:
     """Where a request goes. targets[0] is the first choice; the others are tried in turn, before the first byte only.
 
     arm: the one assigned; it stays the assigned one when a later target answers. shadow: gets a copy, and its answer
-    is thrown away. why: for the log and `x-freehold-route`.
+    is thrown away. why: for the log and `x-freehold-route`. unit: what the experiment keeps on one arm, for the row;
+    empty outside of an experiment. route: the rule that was applied; would: the first rule in shadow mode that held.
     """
 
     targets: tuple[Target, ...]
@@ -88,3 +89,6 @@ class Decision:
     arm: str = ""
     shadow: Target | None = None
     why: str = ""
+    unit: str = ""
+    route: str = ""
+    would: str = ""

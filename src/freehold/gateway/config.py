@@ -1,6 +1,7 @@
 """The gateway's one TOML file: strict keys, frozen objects, errors that name the key. Torch-free.
 
-    [gateway]  [store]  [upstreams.NAME]  [models.ALIAS]  [[routes]]  [experiments.NAME]  [keys.NAME]  [teams.NAME]
+    [gateway]  [store]  [upstreams.NAME]  [models.ALIAS]  [[routes]]  [paths]
+    [data_classes.NAME]  [experiments.NAME]  [keys.NAME]  [teams.NAME]
 
 `docs/reference/gateway.md` is generated from these classes: a field's description is its documentation.
 """
@@ -60,7 +61,12 @@ class Timeouts(Section):
 class Health(Section):
     path: str = Field("/health", description="Asked for at the upstream's root; 2xx is healthy.")
     every: Seconds = 5.0
-    failures: int = Field(3, gt=0, description="So many in a row eject a replica; one good answer brings it back.")
+    failures: int = Field(
+        3, gt=0, description="So many in a row eject a replica; a good answer and a generation bring it back."
+    )
+    warm_up_seconds: Seconds = Field(
+        120.0, description="How long a reload waits for the first generation of an upstream that is new in it."
+    )
 
 
 class Breaker(Section):
@@ -96,6 +102,9 @@ class Upstream(Section):
     region: str = Field("", description="Where it runs, for the policy.")
     data_classes: tuple[str, ...] = Field((), description="Classes of data it may be sent; unclassed data always may.")
     note: str = Field("", description="Shown by `freehold gateway check`.")
+    affinity: bool = Field(
+        True, description="A conversation stays on one replica, for its prefix cache, load permitting."
+    )
     max_concurrent: int | None = Field(None, gt=0)
     timeouts: Timeouts = Timeouts()
     health: Health = Health()
@@ -149,6 +158,61 @@ class When(Section):
     prompt_name: tuple[str, ...] = ()
     prompt_version: tuple[str, ...] = ()
     effort: tuple[Effort, ...] = ()
+    data_class: tuple[str, ...] = Field((), description="Of the request, or else of its key.")
+    path: Literal["reasoning", "efficiency"] | None = Field(None, description="What the rules of [paths] say.")
+
+
+class Paths(Section):
+    """What tells requests that need a reasoning model from those that do not: `freehold.gateway.paths`."""
+
+    reasoning_tasks: tuple[str, ...] = Field(
+        ("agent", "code", "debug", "math", "plan", "proof", "research", "review"),
+        description="Values of x-task that need reasoning.",
+    )
+    efficiency_tasks: tuple[str, ...] = Field(
+        ("autocomplete", "classify", "extract", "rewrite", "summarise", "summarize", "tag", "title", "translate"),
+        description="Values of x-task that do not.",
+    )
+    reasoning_words: tuple[str, ...] = Field(
+        (
+            *(
+                "algorithm",
+                "analyse",
+                "analyze",
+                "bug",
+                "calculate",
+                "compare",
+                "debug",
+                "derive",
+                "design",
+                "diagnose",
+            ),
+            *("explain why", "optimise", "optimize", "plan", "proof", "prove", "refactor", "root cause", "solve"),
+            *("step by step", "trade-off", "traceback"),
+        ),
+        description="Words in the last user message that ask for reasoning; whole words, in any case.",
+    )
+    long_bytes: int = Field(24_000, gt=0, description="Requests longer than this need reasoning.")
+    short_bytes: int = Field(2_000, gt=0, description="Shorter ones that nothing else speaks for do not.")
+    many_turns: int = Field(12, gt=0, description="Conversations of more messages than this need reasoning.")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        both = set(self.reasoning_tasks) & set(self.efficiency_tasks)
+        if both:
+            raise ValueError(f"task {min(both)!r} is in reasoning_tasks and in efficiency_tasks")
+        if self.short_bytes > self.long_bytes:
+            raise ValueError("short_bytes is more than long_bytes")
+        return self
+
+
+class DataClass(Section):
+    """Narrows where a class of data may go, beyond the `data_classes` of upstreams."""
+
+    regions: tuple[str, ...] = Field((), description='"eu" is also eu-west and eu-west-1; empty: any.')
+    providers: tuple[str, ...] = Field((), description='Of upstreams; "" is ourselves; empty: any.')
+    local: bool = Field(False, description="Only upstreams with a private or loopback address, written as such.")
+    note: str = Field("", description="Shown by `freehold gateway check`.")
 
 
 class Route(Section):
@@ -213,6 +277,8 @@ class Settings(Section):
     upstreams: dict[Name, Upstream] = Field(min_length=1)
     models: dict[Name, Model] = Field(min_length=1)
     routes: tuple[Route, ...] = ()
+    paths: Paths = Paths()
+    data_classes: dict[Name, DataClass] = Field(default_factory=dict)
     experiments: dict[Name, Experiment] = Field(default_factory=dict)
     keys: dict[Name, Key] = Field(default_factory=dict)
     teams: dict[Name, Team] = Field(default_factory=dict)
@@ -237,7 +303,14 @@ class Settings(Section):
             for name in (*route.when.model, *((route.to,) if route.to else ())):
                 if name not in self.models:
                     raise ValueError(f"routes {route.name!r}: there is no model {name!r}")
+            if route.to is None and route.effort is None:
+                raise ValueError(f"routes {route.name!r}: give to, effort or both")
+        if len({route.name for route in self.routes}) < len(self.routes):
+            raise ValueError("routes: two have the same name")
+        aliases = [each.alias for each in self.experiments.values()]
         for name, each in self.experiments.items():
+            if aliases.count(each.alias) > 1:
+                raise ValueError(f"experiments.{name}: {each.alias!r} has another experiment; one at a time")
             arms = {arm.name for arm in self.models[each.alias].arms} if each.alias in self.models else set()
             if not {each.control, each.canary} <= arms or each.control == each.canary:
                 raise ValueError(f"experiments.{name}: control and canary must be two arms of {each.alias!r}")
