@@ -92,7 +92,7 @@ class Gateway(Process):
         self.options, self.port = options, port
         self.write(text)
         log = directory / "gateway.log"
-        command = [sys.executable, "-m", "freehold.cli.main", "gateway", "run", "--config", str(self.config)]
+        command = [sys.executable, "-m", "freehold.cli.main", "gateway", "run", str(self.config)]
         super().__init__(command, cores=cores, env=env or environment(), log=log)
         self.log_file = log
         self.url = ""
