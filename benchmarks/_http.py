@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -236,7 +237,7 @@ class Client:
 
 
 def call(url: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **how: Any) -> Answer:
-    """One request from code that has no event loop."""
+    """One request, waited for."""
 
     async def run() -> Answer:
         client = Client(url)
@@ -245,4 +246,9 @@ def call(url: str, path: str, body: Any = None, headers: dict[str, str] | None =
         finally:
             client.close()
 
-    return asyncio.run(run())
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(run())
+    with ThreadPoolExecutor(1) as pool:  # an event loop waits meanwhile: for what is not measured
+        return pool.submit(asyncio.run, run()).result()
