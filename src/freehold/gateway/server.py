@@ -13,10 +13,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import uvicorn
 
 from freehold.address import base_url, bind
 from freehold.errors import ConfigError
@@ -24,13 +22,13 @@ from freehold.gateway.app import Door
 from freehold.gateway.build import build_parts
 from freehold.gateway.config import Settings, read
 from freehold.gateway.identity import Hasher, read_or_make_key
+from freehold.gateway.listen import event_loop, make_listener
 from freehold.gateway.reload import Reloader
 from freehold.gateway.request import RequestReader
 from freehold.gateway.upstream import Upstreams
 
 Notice = Callable[[str], None]
 
-KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of common clients, so that it is never the server that closes
 _CLOSE_SECONDS = 5  # for slow readers to take the end of their answer, after the drain
 
 
@@ -46,8 +44,8 @@ def serve(path: Path, notice: Notice) -> None:
         has_keys=bool(settings.keys),
         cure="make one with `freehold gateway key new`",
     )
-    with sock:
-        asyncio.run(_main(path, settings, sock, loopback, notice))
+    with sock, asyncio.Runner(loop_factory=event_loop) as runner:
+        runner.run(_main(path, settings, sock, loopback, notice))
 
 
 async def _main(path: Path, settings: Settings, sock: socket.socket, loopback: bool, notice: Notice) -> None:
@@ -65,22 +63,6 @@ async def _main(path: Path, settings: Settings, sock: socket.socket, loopback: b
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     await server.run()
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handling, and with an event for when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listens = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listens.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Server:
@@ -139,27 +121,12 @@ class Server:
             await upstreams.close()
 
     async def _serve(self, door: Door) -> None:
-        server = _Uvicorn(
-            uvicorn.Config(
-                door,
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=_CLOSE_SECONDS,
-            )
-        )
-        serving = asyncio.create_task(server.serve(sockets=[self._socket]))
-        await server.listens.wait()
+        listener = make_listener(door)
+        await listener.start(self._socket)
         self._notice(f"ready: gateway on {base_url(self._socket)}/v1 ({', '.join(self._settings.models)})")
         await self._stop.wait()
         await self._drain(door)
-        server.should_exit = True
-        await serving
+        await listener.stop(_CLOSE_SECONDS)
 
     async def _drain(self, door: Door) -> None:
         seconds = self._settings.gateway.drain_seconds
