@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable, Iterable
 
 from starlette.datastructures import Headers
@@ -21,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from freehold.address import is_local_host, is_loopback
 from freehold.errors import AuthenticationFailed
 
 Refuse = Callable[[Request, Exception], Awaitable[Response]]
@@ -100,18 +100,3 @@ def _sent_key(headers: Headers) -> str | None:
 def _is_local_caller(scope: Scope) -> bool:
     client = scope.get("client")
     return client is not None and is_loopback(client[0])
-
-
-def is_local_host(host: str) -> bool:
-    """Whether a Host header names this machine's loopback: `localhost`, `127.x.x.x` or `[::1]`, with any port."""
-    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-    name = name.strip("[]").lower().removesuffix(".")
-    return name == "localhost" or name.endswith(".localhost") or is_loopback(name)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an IP address is a loopback address; False for what is not an address."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from freehold.address import base_url, bind
 from freehold.engine.async_engine import AsyncEngine
 from freehold.engine.guide import GuideCompiler
 from freehold.errors import InvalidRequest
-from freehold.serve.access import is_loopback
 from freehold.serve.app import build_app
 from freehold.serve.service import ChatService, CompletionService
 from freehold.serve.state import SamplingDefaults, ServerState
@@ -64,33 +64,7 @@ def open_socket(host: str, port: int, *, has_keys: bool) -> tuple[socket.socket,
     Done before weights are loaded, so that a wrong address fails at once. Raises InvalidRequest: the address cannot
     be bound, or it is not loopback and there are no API keys.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise InvalidRequest(f"--host {host}: {error.strerror}") from None
-    loopback = is_loopback(str(address[0]))
-    if not loopback and not has_keys:
-        raise InvalidRequest(
-            f"--host {host} is reachable from other machines, and there is no API key: "
-            f"set {API_KEY_VARIABLE} or give --api-key-file, or serve on 127.0.0.1"
-        )
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise InvalidRequest(f"cannot serve on {host}:{port}: {error.strerror}; choose another --port") from None
-    return sock, loopback
-
-
-def base_url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return bind(host, port, has_keys=has_keys, cure=f"set {API_KEY_VARIABLE} or give --api-key-file")
 
 
 def build_state(

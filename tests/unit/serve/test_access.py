@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from freehold.serve.access import Guard, is_local_host, is_loopback
+from freehold.address import is_local_host, is_loopback
+from freehold.serve.access import Guard
 from freehold.serve.wire import error_response
 
 
