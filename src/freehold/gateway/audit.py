@@ -25,9 +25,7 @@ def entry_after(
     seq, previous = (1, START) if last is None else (last[0] + 1, last[1])
     kept = json.loads(json.dumps(detail))  # as it will be read back: tuples are lists, keys are strings
     digest = _digest(seq, at, actor, kind, subject, kept, previous)
-    return Entry(
-        seq=seq, at=at, actor=actor, kind=kind, subject=subject, detail=kept, previous=previous, hash=digest
-    )
+    return Entry(seq=seq, at=at, actor=actor, kind=kind, subject=subject, detail=kept, previous=previous, hash=digest)
 
 
 def fault_of(entries: Iterable[Entry], head: str = "") -> str:
@@ -39,9 +37,7 @@ def fault_of(entries: Iterable[Entry], head: str = "") -> str:
             return f"entry {seq} is missing: the next one there is {entry.seq}"
         if entry.previous != previous:
             return f"entry {seq} does not follow the one before it"
-        found = _digest(
-            entry.seq, entry.at, entry.actor, entry.kind, entry.subject, entry.detail, entry.previous
-        )
+        found = _digest(entry.seq, entry.at, entry.actor, entry.kind, entry.subject, entry.detail, entry.previous)
         if found != entry.hash:
             return f"entry {seq} is not what was written: its hash is another"
         previous = entry.hash

@@ -161,9 +161,7 @@ class Route(Section):
 
 
 class Guardrail(Section):
-    metric: str = Field(
-        description="One of `freehold.gateway.windows.METRICS`."
-    )
+    metric: str = Field(description="One of `freehold.gateway.windows.METRICS`.")
     margin: float = Field(description="How much worse is still accepted: absolute for rates and scores, else relative.")
 
 

@@ -1,4 +1,4 @@
-"""What the gateway's database holds beside the rows of calls: keys, reservations, audit entries, experiments, decisions."""
+"""What the gateway's database holds beside the rows of calls: keys, reservations, the audit log, experiments."""
 
 from __future__ import annotations
 

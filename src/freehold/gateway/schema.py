@@ -39,7 +39,7 @@ class Migration(NamedTuple):
         return self.both + (self.sqlite if dialect == "sqlite" else self.postgres)
 
 
-_CALLS = """
+_TABLES = """
 CREATE TABLE calls (
     row_id text PRIMARY KEY, request_id text NOT NULL, attempt bigint NOT NULL, at double precision NOT NULL,
     endpoint text NOT NULL, key_id text NOT NULL, team text NOT NULL, unit text NOT NULL, conversation text NOT NULL,
@@ -51,7 +51,43 @@ CREATE TABLE calls (
     input_tokens bigint, cached_tokens bigint, output_tokens bigint, reasoning_tokens bigint,
     undelivered_tokens bigint NOT NULL, counted text NOT NULL, cost bigint, ttft double precision,
     itl_p50 double precision, itl_p99 double precision, tpot double precision, duration double precision NOT NULL
-)"""
+);
+CREATE INDEX calls_at ON calls (at);
+CREATE INDEX calls_experiment ON calls (experiment, at) WHERE experiment <> '';
+CREATE INDEX calls_user ON calls ("user") WHERE "user" <> '';
+CREATE TABLE notes (
+    row_id text NOT NULL, at double precision NOT NULL, name text NOT NULL, value double precision NOT NULL,
+    source text NOT NULL
+);
+CREATE INDEX notes_row ON notes (row_id);
+CREATE TABLE texts (
+    row_id text PRIMARY KEY, at double precision NOT NULL, request text NOT NULL, answer text NOT NULL
+);
+CREATE TABLE spend (scope text NOT NULL, day bigint NOT NULL, spent bigint NOT NULL, PRIMARY KEY (scope, day));
+CREATE TABLE reservations (
+    id text NOT NULL, scope text NOT NULL, day bigint NOT NULL, amount bigint NOT NULL, writer text NOT NULL,
+    at double precision NOT NULL, PRIMARY KEY (id, scope)
+);
+CREATE INDEX reservations_scope ON reservations (scope, day);
+CREATE TABLE keys (
+    key_id text PRIMARY KEY, digest text NOT NULL UNIQUE, record text NOT NULL, revoked_at double precision
+);
+CREATE TABLE experiments (
+    name text PRIMARY KEY, version bigint NOT NULL, state text NOT NULL, at double precision NOT NULL
+);
+CREATE TABLE decisions (
+    experiment text NOT NULL, number bigint NOT NULL, at double precision NOT NULL, record text NOT NULL,
+    PRIMARY KEY (experiment, number)
+);
+CREATE TABLE audit (
+    seq bigint PRIMARY KEY, at double precision NOT NULL, actor text NOT NULL, kind text NOT NULL,
+    subject text NOT NULL, detail text NOT NULL, previous text NOT NULL, hash text NOT NULL
+);
+CREATE TABLE secrets (name text PRIMARY KEY, value text NOT NULL);
+CREATE TABLE writers (writer text PRIMARY KEY, batch bigint NOT NULL, at double precision NOT NULL);
+CREATE TABLE revisions (name text PRIMARY KEY, number bigint NOT NULL);
+INSERT INTO revisions (name, number) VALUES ('keys', 0), ('experiments', 0)
+"""
 # What no statement may change afterwards: all of a row but the pseudonyms of a person who asks to be forgotten.
 _FIXED = """
     row_id, request_id, attempt, at, endpoint, key_id, team, alias, model_id, upstream, replica, engine, weights,
@@ -111,35 +147,7 @@ END $$"""
 
 MIGRATIONS: tuple[Migration, ...] = (
     Migration(
-        both=(
-            _CALLS,
-            "CREATE INDEX calls_at ON calls (at)",
-            "CREATE INDEX calls_experiment ON calls (experiment, at) WHERE experiment <> ''",
-            """CREATE INDEX calls_user ON calls ("user") WHERE "user" <> ''""",
-            "CREATE TABLE notes (row_id text NOT NULL, at double precision NOT NULL, name text NOT NULL, "
-            "value double precision NOT NULL, source text NOT NULL)",
-            "CREATE INDEX notes_row ON notes (row_id)",
-            "CREATE TABLE texts (row_id text PRIMARY KEY, at double precision NOT NULL, "
-            "request text NOT NULL, answer text NOT NULL)",
-            "CREATE TABLE spend (scope text NOT NULL, day bigint NOT NULL, spent bigint NOT NULL, "
-            "PRIMARY KEY (scope, day))",
-            "CREATE TABLE reservations (id text NOT NULL, scope text NOT NULL, day bigint NOT NULL, "
-            "amount bigint NOT NULL, writer text NOT NULL, at double precision NOT NULL, PRIMARY KEY (id, scope))",
-            "CREATE INDEX reservations_scope ON reservations (scope, day)",
-            "CREATE TABLE keys (key_id text PRIMARY KEY, digest text NOT NULL UNIQUE, record text NOT NULL, "
-            "revoked_at double precision)",
-            "CREATE TABLE experiments (name text PRIMARY KEY, version bigint NOT NULL, state text NOT NULL, "
-            "at double precision NOT NULL)",
-            "CREATE TABLE decisions (experiment text NOT NULL, number bigint NOT NULL, at double precision NOT NULL, "
-            "record text NOT NULL, PRIMARY KEY (experiment, number))",
-            "CREATE TABLE audit (seq bigint PRIMARY KEY, at double precision NOT NULL, actor text NOT NULL, "
-            "kind text NOT NULL, subject text NOT NULL, detail text NOT NULL, previous text NOT NULL, "
-            "hash text NOT NULL)",
-            "CREATE TABLE secrets (name text PRIMARY KEY, value text NOT NULL)",
-            "CREATE TABLE writers (writer text PRIMARY KEY, batch bigint NOT NULL, at double precision NOT NULL)",
-            "CREATE TABLE revisions (name text PRIMARY KEY, number bigint NOT NULL)",
-            "INSERT INTO revisions (name, number) VALUES ('keys', 0), ('experiments', 0)",
-        ),
+        both=tuple(statement.strip() for statement in _TABLES.split(";")),
         sqlite=_SQLITE_TRIGGERS,
         postgres=(*_POSTGRES_TRIGGERS, _POSTGRES_RESERVE),
     ),

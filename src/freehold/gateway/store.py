@@ -51,6 +51,7 @@ Watcher: TypeAlias = Callable[[str], Awaitable[None]]
 _log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 0.1
+SECRET_BYTES = 32
 WATCH_SECONDS = 1.0  # so late at most another process sees a new or a revoked key
 STUCK_SECONDS = 5.0  # a batch that takes longer is trouble
 PAGE = 2000  # rows read at once

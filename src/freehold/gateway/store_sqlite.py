@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from freehold.errors import ConfigError, Unavailable
 from freehold.gateway import schema
 from freehold.gateway import transactions as to
-from freehold.gateway.store import FLUSH_SECONDS, Store
+from freehold.gateway.store import FLUSH_SECONDS, SECRET_BYTES, Store
 
 T = TypeVar("T")
 
@@ -102,22 +102,22 @@ class SqliteStore(Store):
             path.unlink()
 
     def _secret_path(self, name: str) -> Path:
-        return self.folder / f"{name}.secret"
+        return self.folder / f"{name}.key"
 
     def _secret(self, name: str) -> bytes:
         path = self._secret_path(name)
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            value = bytes.fromhex(path.read_text())
-            if len(value) != 32:
-                raise ConfigError(f"{path}: not a secret of 32 bytes in hex; put the old file back") from None
+            value = path.read_bytes()
+            if len(value) != SECRET_BYTES:
+                raise ConfigError(f"{path}: {len(value)} bytes, not {SECRET_BYTES}; it is damaged") from None
             return value
-        with os.fdopen(file, "w") as opened:
-            value = secrets.token_bytes(32)
-            opened.write(value.hex())
-            opened.flush()
-            os.fsync(opened.fileno())
+        with os.fdopen(handle, "wb") as file:
+            value = secrets.token_bytes(SECRET_BYTES)
+            file.write(value)
+            file.flush()
+            os.fsync(file.fileno())
         return value
 
     def _open(self) -> sqlite3.Connection:

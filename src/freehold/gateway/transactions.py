@@ -109,7 +109,9 @@ class Batch:
 
     @property
     def reserved(self) -> list[Values]:
-        return [(r.id, scope, r.day, r.amount, self.writer, r.at) for r in self._reserved.values() for scope in r.scopes]
+        return [
+            (r.id, scope, r.day, r.amount, self.writer, r.at) for r in self._reserved.values() for scope in r.scopes
+        ]
 
     @property
     def spent(self) -> list[Values]:
@@ -199,7 +201,9 @@ def put_experiment(
     Raises Conflict if another gateway was first: its state is in the database, and nothing was changed.
     """
     if expected == 0:
-        sql = _insert("experiments", ("name", "version", "state", "at"), " ON CONFLICT (name) DO NOTHING RETURNING name")
+        sql = _insert(
+            "experiments", ("name", "version", "state", "at"), " ON CONFLICT (name) DO NOTHING RETURNING name"
+        )
         done = yield Do(sql, (name, 1, json.dumps(state), at))
     else:
         done = yield Do(
