@@ -10,6 +10,7 @@
     │   └── PolicyRefused             403  2   a rule on where data may go leaves no upstream
     ├── NotFound                      404  2   no such model or route
     ├── RequestTimeout                408  2   the request did not arrive in time
+    ├── Conflict                      409  5   somebody else changed it first: read it again
     ├── TooLarge                      413  2   the body is over the limit
     ├── Overloaded                    429  5   the queue is full; `retry_after` seconds
     │   ├── RateLimited               429  5   the key's own limit; `retry_after` seconds
@@ -83,6 +84,10 @@ class NotFound(FreeholdError):
 
 class RequestTimeout(FreeholdError):
     status, exit_code, type, code = 408, 2, "invalid_request_error", "request_timeout"
+
+
+class Conflict(FreeholdError):
+    status, exit_code, type, code = 409, 5, "invalid_request_error", "conflict"
 
 
 class TooLarge(FreeholdError):

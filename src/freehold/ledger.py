@@ -60,6 +60,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     weights: str = ""  # digest of the weights, if known
     prompt_name: str = ""
     prompt_version: str = ""
+    task: str = ""  # the client's own label: header x-task
     effort: str = ""
     streamed: bool = False
     data_class: str = ""

@@ -19,6 +19,8 @@ EXTRA_OF: Mapping[str, str] = {
     "llguidance": "engine",
     "transformers": "oracle",
     "matplotlib": "train",
+    "asyncpg": "postgres",
+    "duckdb": "parquet",
 }
 """The extra of this package that brings a top-level module."""
 
