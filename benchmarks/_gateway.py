@@ -110,8 +110,8 @@ class Gateway(Process):
         def address() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the gateway ended with {self.process.returncode}:\n{self.log_text()[-3000:]}")
-            found = re.search(r"http://127\.0\.0\.1:\d+", self.log_text()[seen:])
-            self.url = found[0] if found else ""
+            found = re.search(r"^ready: .*(http://127\.0\.0\.1:\d+)", self.log_text()[seen:], re.MULTILINE)
+            self.url = found[1] if found else ""
             return bool(found)
 
         try:

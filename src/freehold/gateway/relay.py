@@ -219,6 +219,7 @@ class Exchange:
 
     def __init__(self, send: Send, headers: tuple[Header, ...], attempt: Attempt, request: Request, wire: Wire) -> None:
         self.started = False
+        self._has_data = False  # an event with data came
         self._send = send
         self._headers = headers
         self._attempt = attempt
@@ -245,6 +246,7 @@ class Exchange:
         times = attempt.upstream.timeouts
         end = watch.now() + times.total - (time.perf_counter() - attempt.started)
         splitter, translate = Splitter(), self._wire.stream(self._request)
+        held = b""
         drops_usage = not self._request.include_usage and self._request.endpoint in ("chat", "completions")
         while data := await answer.next():
             events = splitter.feed(data)
@@ -254,7 +256,10 @@ class Exchange:
                     return self._failed_at_once()
                 if translate is not None:
                     out = translate.feed(out)
-                if out:
+                if not self._has_data:  # comments and other lines are no answer yet: another upstream can still give one
+                    held += out
+                elif out:
+                    out, held = held + out, b""
                     watch.until(end)  # a slow reader is not the upstream's fault
                     if not self.started:
                         await self._start(answer, b"text/event-stream", (b"cache-control", b"no-cache"))
@@ -270,6 +275,7 @@ class Exchange:
         kept: list[bytes] = []
         for event in events.split(b"\n\n"):
             data = data_of(event)
+            self._has_data = self._has_data or bool(data)
             if data and meter.event(data, now) and drops_usage:
                 dropped = True
             else:
