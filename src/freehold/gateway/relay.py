@@ -28,6 +28,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 _MAX_ERROR_BYTES: Final = 1 << 20
+_MAX_PRELUDE_BYTES: Final = 65_536  # of a stream, before its first event
 _AFTER_END: Final = 1.0  # seconds that an upstream has to close its answer after the last event
 # Of the upstream's doing, or of ours towards it: the client's request may well succeed elsewhere.
 _ELSEWHERE: Final = frozenset((401, 402, 403, 404, 405, 407, 408, 409, 421, 425, 429))
@@ -258,6 +259,8 @@ class Exchange:
                     out = translate.feed(out)
                 if not self._has_data:  # comments and other lines are no answer yet: another upstream can still give one
                     held += out
+                    if len(held) > _MAX_PRELUDE_BYTES:
+                        raise NotAStream("a stream was asked for, and what came has no event")
                 elif out:
                     out, held = held + out, b""
                     watch.until(end)  # a slow reader is not the upstream's fault
