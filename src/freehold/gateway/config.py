@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from freehold.errors import ConfigError
 from freehold.gateway.call import Effort
+from freehold.gateway.windows import METRICS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=128)]
 Speaks = Literal["chat", "completions", "responses", "messages", "embeddings"]
@@ -161,10 +162,22 @@ class Route(Section):
 
 
 class Guardrail(Section):
-    metric: str = Field(
-        description="One of `freehold.gateway.windows.METRICS`."
+    metric: str = Field(description="One of `freehold.gateway.windows.METRICS`.")
+    margin: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="How much worse is still accepted: absolute for rates and scores, else relative; the metric's own.",
     )
-    margin: float = Field(description="How much worse is still accepted: absolute for rates and scores, else relative.")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        if self.metric not in METRICS:
+            raise ValueError(f"there is no metric {self.metric!r}: {', '.join(METRICS)}")
+        return self
+
+    @property
+    def accepted(self) -> float:
+        """The margin."""
+        return METRICS[self.metric].margin if self.margin is None else self.margin
 
 
 class Experiment(Section):

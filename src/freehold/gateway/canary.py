@@ -1,0 +1,335 @@
+"""The canary: a machine that is fed the rows of an experiment and says what share of the traffic the new arm gets.
+
+    aa ──► ramping ──► promoted          every guardrail shown to be within its margin, and every step survived
+    │        │  ▲ └──► rolled_back       a guardrail worse, at any look, in any state; or aborted by hand
+    ▼        ▼  │ └──► inconclusive      `max_requests` without either
+    hold ◄───┘──┘                        paused by hand, or the arms' sizes are not what was drawn: the ramp stops,
+                                         the guard does not
+
+Every LOOK requests of the canary it looks. With m guardrails and step k (0, 1, ...) of the ramp:
+
+*   a guardrail is **worse** if the bound of its effect that is wrong at any look with probability alpha / 2^(k+1) / m
+    is above 0. So all looks, guardrails and steps together roll a canary that is as good as the control back with
+    probability at most alpha. One that is worse but shown to be within its margin is not rolled back.
+*   a guardrail is **fine** if its other bound, with alpha / 2^(k+1), is below its margin. Being fine in one step is
+    enough. All must be, so a canary that is beyond any margin is promoted with probability at most alpha.
+
+Each step is a comparison of its own: time of day and load change from step to step, and old and new steps together
+would mix them up with the arms. Conversations that began before a step keep their arm and are left out of it.
+
+It is event-sourced: rows, notes and commands go in, `Record`s come out, and the same input gives the same records
+(`replay`). Its clock is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, Literal, cast
+
+from freehold.errors import InvalidRequest
+from freehold.gateway.canary_record import OVER, Command, Plan, Record, Seen, State
+from freehold.gateway.config import Experiment
+from freehold.gateway.guardrails import Finding, detectable, judge
+from freehold.gateway.windows import METRICS, Window
+from freehold.ledger import Note, Row
+from freehold.stats.sequences import log_share_evidence
+
+LOOK = 50
+"""Requests of the canary between looks."""
+ALPHA_RATIO = 0.001
+"""Probability that a step of a correct assignment is ever held for its sample ratio."""
+SETTLE_SECONDS = 5.0
+"""Calls that arrive so soon after a change of share are left out: another gateway may not know of it yet."""
+
+
+class Canary:
+    """One experiment, from its start or, by `replay`, from its records."""
+
+    def __init__(
+        self,
+        name: str,
+        experiment: Experiment,
+        at: float,
+        *,
+        emit: Callable[[Record], None] = lambda record: None,
+        number: int = 0,
+        rows: int = 0,
+        notes: int = 0,
+        explain: bool = True,
+    ) -> None:
+        """at: now, epoch seconds. emit: is given each record. number, rows, notes: where to go on counting, after an
+        earlier run of the experiment. explain: whether looks say what could be detected by now.
+        """
+        self.name, self.experiment = name, experiment
+        self.rows, self.notes, self.number = rows, notes, number
+        self.state: State = "aa" if experiment.aa_units else "ramping"
+        self.step = 0
+        self.shown: set[str] = set()  # guardrails that were fine in some step
+        self.last: Record | None = None
+        self._emit, self._explain = emit, explain
+        self._aa = bool(experiment.aa_units)
+        self._rails = [(METRICS[rail.metric], rail.accepted) for rail in experiment.guardrails]
+        self._takes_notes = any(metric.kind in ("score", "pairs") for metric, _ in self._rails)
+        self._requests = 0  # of the canary, compared, in the steps before this one
+        self._warm_up = experiment.warm_up_requests
+        self._epoch = 0  # counts windows
+        self._spoilt = False  # held by a look: what the window has is not to be trusted
+        self._begun: dict[str, int] = {}  # conversation -> epoch it began in; -1: before the window opened
+        self._known: dict[str, tuple[int, int, str]] = {}  # row -> epoch, arm, unit
+        self._open(at)
+        self._record(at, "start", settings=experiment.model_dump_json())
+
+    @property
+    def plan(self) -> Plan:
+        """What the router does now."""
+        if self.state == "promoted":
+            return Plan(self.state, 1.0)
+        gives_up = self.state == "inconclusive" and self.experiment.when_inconclusive == "rollback"
+        if self.state == "rolled_back" or gives_up:
+            return Plan(self.state, 0.0)
+        return Plan(self.state, self.experiment.steps[self.step], self._aa)
+
+    @property
+    def requests(self) -> int:
+        """Of the canary, that were compared, in all steps."""
+        return self._requests + (0 if self._aa else self.window.requests[1])
+
+    def add(self, row: Row, at: float) -> None:
+        """Count a row of the experiment. at: now. Every LOOK requests of the canary this is a look."""
+        self.rows += 1
+        if self.state in OVER or not self._compared(row):
+            return
+        before = self.window.requests[1]
+        self.window.add(row)
+        if self.window.requests[1] > before and self.window.requests[1] % LOOK == 0:
+            self.look(at)
+
+    def add_note(self, note: Note) -> None:
+        """Count a late fact, if it is about a row of this experiment that was counted."""
+        if (known := self._known.get(note.row_id)) is None:
+            return
+        self.notes += 1
+        epoch, arm, unit = known
+        if epoch == self._epoch:
+            self.window.note(note, arm, unit)
+
+    def look(self, at: float) -> None:
+        """Compare, decide and record."""
+        self.window.look()
+        alpha = self._alpha()
+        found = self.findings()
+        self.shown |= {each.metric for each in found if each.fine and not self._aa}
+        state, step, reason = self._next(found)
+        guardrails = tuple(
+            _seen(each, detectable(compared, each.margin, alpha / len(found)) if self._explain else None)
+            for each, compared in zip(found, self.window.metrics, strict=True)
+        )
+        self._go(at, state, step, "look", reason, guardrails=guardrails)
+
+    def command(self, command: Command, at: float, by: str = "") -> None:
+        """Obey an operator: pause or resume the ramp; force the next step, whatever is known; abort: roll back now.
+
+        Raises InvalidRequest where there is nothing to pause, resume, force or abort.
+        """
+        state, step = self.state, self.step
+        if command == "pause" and state in ("aa", "ramping"):
+            state = "hold"
+        elif command == "resume" and state == "hold":
+            state = "aa" if self._aa else "ramping"
+        elif command == "force" and state not in OVER:
+            state, step = ("ramping", step) if self._aa else self._after(step)
+        elif command == "abort" and state != "rolled_back":
+            state = "rolled_back"
+        else:
+            raise InvalidRequest(f"experiment {self.name!r} is {state}: it cannot {command}", param="command")
+        self._go(at, state, step, "command", f"{command} by {by or 'an operator'}", command=command, by=by)
+
+    def findings(self) -> list[Finding]:
+        """What the guardrails say now, in the order of the settings."""
+        alpha = self._alpha()
+        return [
+            judge(compared, margin, alpha / len(self._rails), alpha)
+            for compared, (_, margin) in zip(self.window.metrics, self._rails, strict=True)
+        ]
+
+    def _alpha(self) -> float:
+        """This step's part: half of what is left."""
+        return self.experiment.alpha / 2.0 ** (self.step + 1)
+
+    def _next(self, found: Sequence[Finding]) -> tuple[State, int, str]:
+        """What a look leads to: state, step, and why if that is news."""
+        state, step, window = self.state, self.step, self.window
+        drawn = self.experiment.steps[step]
+        units = sum(window.units)
+        uneven = log_share_evidence(window.units[1], units, drawn) >= -math.log(ALPHA_RATIO) if drawn < 1.0 else False
+        ratio = f"{window.units[1]} of {units} units are the canary's, where {drawn:g} of them were drawn"
+        if self._aa:
+            worse = [each.metric for each in found if each.worse]
+            if state != "aa":
+                return state, step, ""
+            if worse or uneven:
+                return "hold", step, f"A/A: {worse[0]} differs between two equal arms" if worse else f"A/A: {ratio}"
+            done = units >= self.experiment.aa_units
+            return ("ramping", 0, f"A/A: {units} units without a difference") if done else (state, step, "")
+        for each in found:
+            if each.worse and not each.fine:
+                return "rolled_back", step, _words(each)
+        if state != "ramping":
+            return state, step, ""
+        if uneven:
+            return "hold", step, ratio
+        if len(self.shown) == len(found) and window.requests[1] >= self.experiment.min_step_requests:
+            return *self._after(step), "every guardrail is within its margin"
+        open_ = [each.metric for each in found if each.metric not in self.shown]
+        if open_ and self.requests >= self.experiment.max_requests:
+            return (
+                "inconclusive",
+                step,
+                f"{self.requests} requests, and not shown: {', '.join(open_)}",
+            )
+        return state, step, ""
+
+    def _after(self, step: int) -> tuple[State, int]:
+        """The next step of the ramp; at its end, or where no control would be left, the canary is promoted."""
+        steps = self.experiment.steps
+        if step + 1 < len(steps) and steps[step + 1] < 1.0:
+            return "ramping", step + 1
+        return "promoted", step
+
+    def _go(
+        self,
+        at: float,
+        state: State,
+        step: int,
+        kind: Literal["look", "command"],
+        reason: str,
+        *,
+        guardrails: tuple[Seen, ...] = (),
+        command: str = "",
+        by: str = "",
+    ) -> None:
+        """Enter a state, with a new window where what was compared before says nothing about what comes."""
+        requests, units = self.window.requests, self.window.units
+        changed = (state, step) != (self.state, self.step)
+        fresh = step != self.step or (self._aa and state == "ramping") or (self._spoilt and state in ("aa", "ramping"))
+        self._spoilt = state == "hold" and (self._spoilt or kind == "look")
+        if fresh:
+            self._requests = self.requests
+            self._aa = state == "aa"
+            self._open(at)
+        self.state, self.step = state, step
+        self._record(
+            at,
+            kind,
+            reason=reason,
+            changed=changed,
+            guardrails=guardrails,
+            command=command,
+            by=by,
+            requests=(requests[0], requests[1]),
+            units=units,
+        )
+
+    def _open(self, at: float) -> None:
+        """Begin a window."""
+        self._epoch += 1
+        self._since = at + SETTLE_SECONDS
+        metrics = [metric for metric, _ in self._rails]
+        self.window = Window(metrics, self.experiment.control, self.experiment.canary, aa=self._aa)
+
+    def _compared(self, row: Row) -> bool:
+        """Whether a row is analysed; notes when its conversation began."""
+        settled = row.at >= self._since and not row.warm_up
+        if settled and self._warm_up and not self._aa and row.arm in (self.experiment.control, self.experiment.canary):
+            self._warm_up -= row.arm == self.experiment.canary and row.attempt == 0 and not row.shadow_of
+            settled = False
+        epoch = self._epoch if settled else -1
+        if row.conversation:
+            epoch = self._begun.setdefault(row.conversation, epoch)
+        if epoch != self._epoch:
+            return False
+        if self._takes_notes:
+            self._known[row.row_id] = (epoch, int(row.arm == self.experiment.canary), row.unit)
+        return True
+
+    def _record(self, at: float, kind: Literal["start", "look", "command"], **more: Any) -> None:
+        self.last = Record(
+            experiment=self.name,
+            number=self.number,
+            at=at,
+            kind=kind,
+            rows=self.rows,
+            notes=self.notes,
+            state=self.state,
+            step=self.step,
+            share=self.plan.share,
+            **more,
+        )
+        self.number += 1
+        self._emit(self.last)
+
+
+def replay(
+    records: Sequence[Record], rows: Iterable[Row], notes: Iterable[Note]
+) -> tuple[Canary, list[tuple[Record, Record | None]]]:
+    """Do all of it again from the ledger: the canary as it stands at the last record, and each record that came out
+    differently, with what came out instead.
+
+    records: of one run of the experiment, the first is its start. rows, notes: all of the experiment's, in the order in
+    which they were stored. What is left of them is not looked at.
+    """
+    start, came = records[0], list[Record]()
+    skip_rows, skip_notes = islice(rows, start.rows, None), islice(notes, start.notes, None)
+    canary = Canary(
+        start.experiment,
+        Experiment.model_validate_json(start.settings),
+        start.at,
+        emit=came.append,
+        number=start.number,
+        rows=start.rows,
+        notes=start.notes,
+    )
+    for record in records[1:]:
+        # A look comes with its last row, after the notes that came before it; a command after all of them.
+        last = record.rows - 1 if record.kind == "look" else record.rows
+        for row in islice(skip_rows, max(0, last - canary.rows)):
+            canary.add(row, record.at)
+        while canary.notes < record.notes and (note := next(skip_notes, None)) is not None:
+            canary.add_note(note)
+        for row in islice(skip_rows, max(0, record.rows - canary.rows)):
+            canary.add(row, record.at)
+        if record.kind == "command":
+            canary.command(cast("Command", record.command), record.at, record.by)
+    by_number = {record.number: record for record in came}
+    return canary, [
+        (record, by_number.get(record.number)) for record in records if by_number.get(record.number) != record
+    ]
+
+
+def _seen(finding: Finding, least: float | None) -> Seen:
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    return Seen(
+        metric=finding.metric,
+        margin=finding.margin,
+        control=finding.control,
+        canary=finding.canary,
+        effect=finding.effect.value,
+        low=finite(finding.effect.low),
+        high=finite(finding.effect.high),
+        worse=finding.worse,
+        fine=finding.fine,
+        detectable=finite(least),
+    )
+
+
+def _words(finding: Finding) -> str:
+    relative = METRICS[finding.metric].relative
+    low = f"{finding.effect.low:.1%}" if relative else f"{100 * finding.effect.low:.2g} points"
+    figures = f"{finding.canary:.4g} against {finding.control:.4g}"
+    if METRICS[finding.metric].kind == "pairs":
+        figures = f"{finding.canary:+.3g} in judged pairs"
+    return f"{finding.metric}: {figures}, at least {low} worse"
