@@ -6,9 +6,17 @@
     │   ├── UnsupportedField          400  2   not honoured here, and ignoring it would change the result
     │   └── ContextTooLong            400  2   prompt + max_tokens exceed the context length
     ├── AuthenticationFailed          401  2
+    ├── PermissionDenied              403  2   the key is known, and may not do this
+    │   └── PolicyRefused             403  2   a rule on where data may go leaves no upstream
     ├── NotFound                      404  2   no such model or route
+    ├── RequestTimeout                408  2   the request did not arrive in time
+    ├── TooLarge                      413  2   the body is over the limit
     ├── Overloaded                    429  5   the queue is full; `retry_after` seconds
+    │   ├── RateLimited               429  5   the key's own limit; `retry_after` seconds
+    │   ├── BudgetExhausted           429  5   asking again does not help before the next day
     │   └── SlowReader                429  5   a client left too much of its stream unread, and its request was ended
+    ├── UpstreamFailed                502  5   no upstream gave an answer that is one
+    │   └── UpstreamTimeout           504  5
     ├── Unavailable                   503  5   starting, draining or dead; `retry_after` seconds
     ├── InsufficientMemory            507  5   it cannot fit; the message says how many bytes it needs and has
     ├── ConfigError                   500  3   config.json or a settings file: unknown, missing or contradictory key
@@ -61,16 +69,48 @@ class AuthenticationFailed(FreeholdError):
     status, exit_code, type, code = 401, 2, "authentication_error", "invalid_api_key"
 
 
+class PermissionDenied(FreeholdError):
+    status, exit_code, type, code = 403, 2, "permission_error", "permission_denied"
+
+
+class PolicyRefused(PermissionDenied):
+    code = "policy_refused"
+
+
 class NotFound(FreeholdError):
     status, exit_code, type, code = 404, 2, "invalid_request_error", "not_found"
+
+
+class RequestTimeout(FreeholdError):
+    status, exit_code, type, code = 408, 2, "invalid_request_error", "request_timeout"
+
+
+class TooLarge(FreeholdError):
+    status, exit_code, type, code = 413, 2, "invalid_request_error", "request_too_large"
 
 
 class Overloaded(FreeholdError):
     status, exit_code, type, code = 429, 5, "rate_limit_error", "queue_full"
 
 
+class RateLimited(Overloaded):
+    code = "rate_limit_exceeded"
+
+
+class BudgetExhausted(Overloaded):
+    type, code = "insufficient_quota", "budget_exhausted"
+
+
 class SlowReader(Overloaded):
     code = "slow_reader"
+
+
+class UpstreamFailed(FreeholdError):
+    status, exit_code, type, code = 502, 5, "server_error", "upstream_failed"
+
+
+class UpstreamTimeout(UpstreamFailed):
+    status, code = 504, "upstream_timeout"
 
 
 class Unavailable(FreeholdError):
