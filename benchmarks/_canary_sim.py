@@ -1,8 +1,8 @@
 """Simulated canaries: traffic of two arms with known truth, fed to the gateway's own decision machine.
 
-Requests come in blocks, one for each look: LOOK of the canary and as many of the control as its share says. Times, costs
-and token counts are log-normal with the spread that chat traffic has; one in a hundred requests fails. A judge scores
-one pair of answers for every second request of the canary.
+Requests come in blocks, one for each look: LOOK of the canary and as many of the control as its share says. Times,
+costs and token counts are log-normal, widely spread as those of chats are; one in a hundred requests fails. A judge
+scores one pair of answers for every second request of the canary.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from freehold.gateway.canary import LOOK, SETTLE_SECONDS, Canary
 from freehold.gateway.canary_record import Record
-from freehold.gateway.config import Experiment, Guardrail
+from freehold.gateway.config import Experiment
 
 Columns = dict[str, NDArray[np.float64]]
 
-GUARDRAILS = ("error", "refusal", "ttft_p50", "ttft_p95", "tpot", "cost", "output_tokens", "quality")
+GUARDRAILS = ("error", "refusal", "ttft", "ttft_p50", "ttft_p95", "tpot", "cost", "output_tokens", "quality")
 """Watched together in every simulated canary."""
 FAILING, REFUSING = 0.008, 0.002  # together the 1% that `error` counts
 TTFT_SPREAD, TPOT_SPREAD, TOKENS_SPREAD = 0.6, 0.3, 0.9  # of the logarithm
@@ -90,7 +90,9 @@ def blocks(
     truth: Truth, generator: np.random.Generator, others: int, at: float
 ) -> Iterator[tuple[tuple[Columns, NDArray[np.int64]], ...]]:
     """The requests between looks, of control and of canary: CHUNK times."""
-    drawn = [_draw(truth if arm else _without(truth), generator, CHUNK * count) for arm, count in ((0, others), (1, LOOK))]
+    drawn = [
+        _draw(truth if arm else _without(truth), generator, CHUNK * count) for arm, count in ((0, others), (1, LOOK))
+    ]
     for index in range(CHUNK):
         hour = 1.0 + 0.5 * np.sin((at + index) / 6.0) if truth.drift else 1.0
         yield tuple(
@@ -134,14 +136,12 @@ def _draw(truth: Truth, generator: np.random.Generator, count: int) -> tuple[Col
     return columns, unit_R
 
 
-def _slice(
-    columns: Columns, unit_R: NDArray[np.int64], part: slice, hour: float
-) -> tuple[Columns, NDArray[np.int64]]:
+def _slice(columns: Columns, unit_R: NDArray[np.int64], part: slice, hour: float) -> tuple[Columns, NDArray[np.int64]]:
     """A block; a conversation that goes on in the next one counts as two, which only makes more units of it."""
     cut = {name: values[part] for name, values in columns.items() if name != "quality"}
     failed = cut["error"] > 0
     ttft = np.where(failed, np.nan, cut.pop("ttft") * hour)
     half = slice(part.start // 2, part.stop // 2)
-    cut |= {"ttft_p50": ttft, "ttft_p95": ttft, "quality": columns["quality"][half]}
+    cut |= {"ttft": ttft, "ttft_p50": ttft, "ttft_p95": ttft, "quality": columns["quality"][half]}
     cut["tpot"] = np.where(failed, np.nan, cut["tpot"] * hour)
     return cut, unit_R[part] - unit_R[part.start]

@@ -24,9 +24,8 @@ It is event-sourced: rows, notes and commands go in, `Record`s come out, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from typing import Any, Literal, cast
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 from freehold.errors import InvalidRequest
 from freehold.gateway.canary_record import OVER, Command, Plan, Record, Seen, State
@@ -35,6 +34,8 @@ from freehold.gateway.guardrails import Finding, detectable, judge
 from freehold.gateway.windows import METRICS, Window
 from freehold.ledger import Note, Row
 from freehold.stats.sequences import log_share_evidence
+
+T = TypeVar("T")
 
 LOOK = 50
 """Requests of the canary between looks."""
@@ -59,8 +60,8 @@ class Canary:
         notes: int = 0,
         explain: bool = True,
     ) -> None:
-        """at: now, epoch seconds. emit: is given each record. number, rows, notes: where to go on counting, after an
-        earlier run of the experiment. explain: whether looks say what could be detected by now.
+        """at: now, epoch seconds. emit: is given each record. number: of the first one. rows, notes: positions in the
+        ledger after which it begins. explain: whether looks say what could be detected by now.
         """
         self.name, self.experiment = name, experiment
         self.rows, self.notes, self.number = rows, notes, number
@@ -96,9 +97,9 @@ class Canary:
         """Of the canary, that were compared, in all steps."""
         return self._requests + (0 if self._aa else self.window.requests[1])
 
-    def add(self, row: Row, at: float) -> None:
-        """Count a row of the experiment. at: now. Every LOOK requests of the canary this is a look."""
-        self.rows += 1
+    def add(self, row: Row, position: int, at: float) -> None:
+        """Count a row of the experiment. position: in the ledger; at: now. Every LOOK requests of the canary: look."""
+        self.rows = position
         if self.state in OVER or not self._compared(row):
             return
         before = self.window.requests[1]
@@ -106,11 +107,11 @@ class Canary:
         if self.window.requests[1] > before and self.window.requests[1] % LOOK == 0:
             self.look(at)
 
-    def add_note(self, note: Note) -> None:
-        """Count a late fact, if it is about a row of this experiment that was counted."""
+    def add_note(self, note: Note, position: int) -> None:
+        """Count a late fact about a row that was counted."""
+        self.notes = position
         if (known := self._known.get(note.row_id)) is None:
             return
-        self.notes += 1
         epoch, arm, unit = known
         if epoch == self._epoch:
             self.window.note(note, arm, unit)
@@ -139,7 +140,7 @@ class Canary:
         elif command == "resume" and state == "hold":
             state = "aa" if self._aa else "ramping"
         elif command == "force" and state not in OVER:
-            state, step = ("ramping", step) if self._aa else self._after(step)
+            state, step = ("ramping", step) if self._aa else self._step_after(step)
         elif command == "abort" and state != "rolled_back":
             state = "rolled_back"
         else:
@@ -181,7 +182,7 @@ class Canary:
         if uneven:
             return "hold", step, ratio
         if len(self.shown) == len(found) and window.requests[1] >= self.experiment.min_step_requests:
-            return *self._after(step), "every guardrail is within its margin"
+            return *self._step_after(step), "every guardrail is within its margin"
         open_ = [each.metric for each in found if each.metric not in self.shown]
         if open_ and self.requests >= self.experiment.max_requests:
             return (
@@ -191,7 +192,7 @@ class Canary:
             )
         return state, step, ""
 
-    def _after(self, step: int) -> tuple[State, int]:
+    def _step_after(self, step: int) -> tuple[State, int]:
         """The next step of the ramp; at its end, or where no control would be left, the canary is promoted."""
         steps = self.experiment.steps
         if step + 1 < len(steps) and steps[step + 1] < 1.0:
@@ -237,7 +238,7 @@ class Canary:
         self._epoch += 1
         self._since = at + SETTLE_SECONDS
         metrics = [metric for metric, _ in self._rails]
-        self.window = Window(metrics, self.experiment.control, self.experiment.canary, aa=self._aa)
+        self.window = Window(metrics, self.experiment.control, self.experiment.canary)
 
     def _compared(self, row: Row) -> bool:
         """Whether a row is analysed; notes when its conversation began."""
@@ -271,41 +272,43 @@ class Canary:
         self._emit(self.last)
 
 
-def replay(
-    records: Sequence[Record], rows: Iterable[Row], notes: Iterable[Note]
-) -> tuple[Canary, list[tuple[Record, Record | None]]]:
+async def replay(
+    records: Sequence[Record], rows: AsyncIterable[tuple[int, Row]], notes: AsyncIterable[tuple[int, Note]]
+) -> tuple[Canary, list[Record]]:
     """Do all of it again from the ledger: the canary as it stands at the last record, and each record that came out
-    differently, with what came out instead.
+    differently or not at all.
 
-    records: of one run of the experiment, the first is its start. rows, notes: all of the experiment's, in the order in
-    which they were stored. What is left of them is not looked at.
+    records: of one run of the experiment, the first is its start. rows, notes: the experiment's, each with its
+    position, in the order in which they were stored; those after the last record are not counted.
     """
     start, came = records[0], list[Record]()
-    skip_rows, skip_notes = islice(rows, start.rows, None), islice(notes, start.notes, None)
+    more_rows, more_notes = _after(rows, start.rows), _after(notes, start.notes)
+    row, note = await anext(more_rows, None), await anext(more_notes, None)
+    settings = Experiment.model_validate_json(start.settings)
     canary = Canary(
-        start.experiment,
-        Experiment.model_validate_json(start.settings),
-        start.at,
-        emit=came.append,
-        number=start.number,
-        rows=start.rows,
-        notes=start.notes,
+        start.experiment, settings, start.at, emit=came.append, number=start.number, rows=start.rows, notes=start.notes
     )
     for record in records[1:]:
         # A look comes with its last row, after the notes that came before it; a command after all of them.
-        last = record.rows - 1 if record.kind == "look" else record.rows
-        for row in islice(skip_rows, max(0, last - canary.rows)):
-            canary.add(row, record.at)
-        while canary.notes < record.notes and (note := next(skip_notes, None)) is not None:
-            canary.add_note(note)
-        for row in islice(skip_rows, max(0, record.rows - canary.rows)):
-            canary.add(row, record.at)
+        while row is not None and row[0] <= record.rows - (record.kind == "look"):
+            canary.add(row[1], row[0], record.at)
+            row = await anext(more_rows, None)
+        while note is not None and note[0] <= record.notes:
+            canary.add_note(note[1], note[0])
+            note = await anext(more_notes, None)
+        while row is not None and row[0] <= record.rows:
+            canary.add(row[1], row[0], record.at)
+            row = await anext(more_rows, None)
         if record.kind == "command":
             canary.command(cast("Command", record.command), record.at, record.by)
-    by_number = {record.number: record for record in came}
-    return canary, [
-        (record, by_number.get(record.number)) for record in records if by_number.get(record.number) != record
-    ]
+    again = {record.number: record for record in came}
+    return canary, [record for record in records if again.pop(record.number, None) != record] + list(again.values())
+
+
+async def _after(items: AsyncIterable[tuple[int, T]], position: int) -> AsyncIterator[tuple[int, T]]:
+    async for item in items:
+        if item[0] > position:
+            yield item
 
 
 def _seen(finding: Finding, least: float | None) -> Seen:

@@ -41,7 +41,8 @@ class Seen(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to an experiment: it started, was looked at, or got a command.
 
-    rows, notes: how many of the experiment's had been counted; with them the ledger gives the same record again.
+    rows, notes: positions in the ledger up to which they had been counted; with them the ledger gives the same record
+    again.
     """
 
     experiment: str

@@ -6,7 +6,8 @@ every look (`freehold.stats.sequences`). Effects are signed so that more is wors
     rates      lower: the ratio of the rates, given the failures of both arms (`ratio_lower`); upper: the canary's upper
                bound less the control's lower one
     quantiles  bounds of the canary's quantile over those of the control's
-    means      log of the ratio of means; scores: their difference; squared errors over sticky units
+    means      log of the ratio of means, arithmetic or geometric; scores: their difference; squared errors over
+               sticky units
     pairs      differences of judged scores, by betting
 """
 
@@ -65,6 +66,7 @@ def judge(compared: Compared, margin: float, alpha_worse: float, alpha_fine: flo
         "rate": _rate,
         "quantile": _quantile,
         "mean": _mean,
+        "geometric": _mean,
         "score": _mean,
         "pairs": _pairs,
     }
@@ -133,15 +135,17 @@ class _Order:
 
 
 def _mean(compared: Compared, margin: float, alpha_worse: float, alpha_fine: float) -> Finding:
-    control, canary = compared.control, compared.canary
+    control, canary = compared.control.mean, compared.canary.mean
+    if compared.metric.kind == "geometric":
+        control, canary = math.exp(control), math.exp(canary)
     effect, squared = _contrast(compared)
     if not squared:
-        return _nothing(compared, margin, control.mean, canary.mean)
+        return _nothing(compared, margin, control, canary)
     scale, back = (math.log1p(margin), math.expm1) if compared.metric.relative else (margin, float)
     low = effect - normal_distance(1.0 / squared, scale, alpha_worse)
     high = effect + normal_distance(1.0 / squared, scale, alpha_fine)
     found = Interval(back(effect), back(low), back(high))
-    return Finding(compared.metric.name, margin, control.mean, canary.mean, found)
+    return Finding(compared.metric.name, margin, control, canary, found)
 
 
 def _contrast(compared: Compared) -> tuple[float, float]:
@@ -149,8 +153,11 @@ def _contrast(compared: Compared) -> tuple[float, float]:
     control, canary = compared.control, compared.canary
     if min(control.units, canary.units) < MIN_UNITS:
         return 0.0, 0.0
-    if not compared.metric.relative:
-        return control.mean - canary.mean, canary.squared_error + control.squared_error
+    squared = canary.squared_error + control.squared_error
+    if compared.metric.kind == "score":
+        return control.mean - canary.mean, squared
+    if compared.metric.kind == "geometric":
+        return canary.mean - control.mean, squared
     if min(control.total, canary.total) <= 0.0:
         return 0.0, 0.0
     squared = canary.squared_error / canary.mean**2 + control.squared_error / control.mean**2

@@ -23,13 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 from freehold.ledger import FAILURES, Note, Row
 from freehold.stats.sequences import design_effect
 
-Kind: TypeAlias = Literal["rate", "mean", "quantile", "score", "pairs"]
+Kind: TypeAlias = Literal["rate", "mean", "geometric", "quantile", "score", "pairs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A thing that may get worse. `margin`: how much worse is still accepted, if the settings do not say; relative for
     means and quantiles, absolute for rates and scores. More is worse, but for scores and pairs. level: of a quantile.
+
+    Times have geometric means: one call that hung for minutes must not hide, or make, a difference of the others.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Metric:
 
     @property
     def relative(self) -> bool:
-        return self.kind in ("mean", "quantile")
+        return self.kind in ("mean", "geometric", "quantile")
 
 
 def _table() -> dict[str, Metric]:
@@ -51,7 +53,8 @@ def _table() -> dict[str, Metric]:
         for name in ("ttft", "tpot", "duration")
         for percent, margin in ((50, 0.10), (95, 0.20))
     ]
-    means = [Metric(name, "mean", 0.10, of=name) for name in ("cost", "tpot", "duration")]
+    means = [Metric(name, "geometric", 0.10, of=name) for name in ("ttft", "tpot", "duration")]
+    means += [Metric("cost", "mean", 0.10, of="cost")]
     means += [Metric(name, "mean", 0.15, of=name) for name in ("output_tokens", "reasoning_tokens")]
     judged = [Metric(name, "pairs", 0.05, of=f"judge.{name}") for name in ("quality", "groundedness")]
     scores = [Metric("feedback", "score", 0.05, of="feedback")]
@@ -193,13 +196,12 @@ class Compared:
 
 
 class Window:
-    """The calls of one step. control, canary: names of the arms. aa: both are served by the control."""
+    """The calls of one step. control, canary: names of the arms."""
 
-    def __init__(self, metrics: Sequence[Metric], control: str, canary: str, *, aa: bool = False) -> None:
+    def __init__(self, metrics: Sequence[Metric], control: str, canary: str) -> None:
         self.metrics = [Compared.of(metric) for metric in metrics]
         self.requests = [0, 0]  # of control and of canary
         self._arms = (control, canary)
-        self._aa = aa
         self._units: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
         self._absorbed = [0, 0]  # units that came by `absorb`
         self._shadows: dict[str, str] = {}  # row of the mirrored call -> row of the real one
@@ -256,7 +258,7 @@ class Window:
                 compared.pairs.update(np.round(values, 3).tolist())
                 continue
             cell, there = (compared.canary if arm else compared.control), ~np.isnan(values)
-            hits = np.where(there, values, 0.0)
+            hits = np.where(there, np.log(np.maximum(values, _SMALLEST)) if kind == "geometric" else values, 0.0)
             if kind == "quantile":
                 assert cell.histogram is not None
                 cell.histogram += histogram_of(values[there])
@@ -285,8 +287,8 @@ class Window:
             assert cell.histogram is not None
             cell.histogram[bucket(value)] += 1
             return None if compared.reference is None else (1.0, float(value >= compared.reference))
-        if metric.of in ("tpot", "duration"):
-            return None if value is None else (1.0, value)
+        if metric.kind == "geometric":
+            return None if value is None else (1.0, math.log(max(value, _SMALLEST)))
         if value is None:  # a failed attempt spends nothing that we know of, but it is a request
             return (1.0, 0.0) if first and row.error in FAILURES else None
         return (float(first), float(value))
@@ -294,7 +296,7 @@ class Window:
     def _failed(self, metric: Metric, row: Row) -> bool:
         if metric.of:
             return row.error == metric.of
-        unanswered = row.served_arm not in ("", row.arm) and not self._aa
+        unanswered = row.served_arm not in ("", row.arm)
         return row.error in FAILURES or unanswered
 
     def _pair(self, compared: Compared, note: Note, unit: str) -> None:

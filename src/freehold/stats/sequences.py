@@ -135,8 +135,9 @@ def log_score_evidence(counts: Mapping[float, int], null: float) -> float:
     """Log of the evidence that the mean of values within 0..1 is above `null`, 0 < null < 1. counts: how often each
     value came.
 
-    The gambler stakes a fixed share s/null, s < 1, of the wealth on x - null: wealth is a product of
-    1 + s (x/null - 1), which is never negative. With fixed shares the order of the values does not matter. Waudby-Smith & Ramdas (2024).
+    The gambler stakes a fixed share s/null, s < 1, of the wealth on x - null: wealth is a product of factors
+    1 + s (x/null - 1), which are never negative. With fixed shares the order of the values does not matter.
+    Waudby-Smith & Ramdas (2024).
     """
     values_V = np.fromiter(counts, np.float64, len(counts))
     times_V = np.fromiter(counts.values(), np.float64, len(counts))
