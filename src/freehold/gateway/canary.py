@@ -6,12 +6,12 @@
     hold ◄───┘──┘                        paused by hand, or the arms' sizes are not what was drawn: the ramp stops,
                                          the guard does not
 
-Every LOOK requests of the canary it looks. With m guardrails and step k (0, 1, ...) of the ramp:
+Every LOOK requests of the canary, and a few times before, it looks. With m guardrails and step k of the ramp, from 1:
 
-*   a guardrail is **worse** if the bound of its effect that is wrong at any look with probability alpha / 2^(k+1) / m
+*   a guardrail is **worse** if the bound of its effect that is wrong at any look with probability alpha / 2^k / m
     is above 0. So all looks, guardrails and steps together roll a canary that is as good as the control back with
     probability at most alpha. One that is worse but shown to be within its margin is not rolled back.
-*   a guardrail is **fine** if its other bound, with alpha / 2^(k+1), is below its margin. Being fine in one step is
+*   a guardrail is **fine** if its other bound, with alpha / 2^k, is below its margin. Being fine in one step is
     enough. All must be, so a canary that is beyond any margin is promoted with probability at most alpha.
 
 Each step is a comparison of its own: time of day and load change from step to step, and old and new steps together
@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 LOOK = 50
 """Requests of the canary between looks."""
+EARLY_LOOKS = (10, 25)
+"""Looks before the first of those: where most calls fail, ten are enough."""
 ALPHA_RATIO = 0.001
 """Probability that a step of a correct assignment is ever held for its sample ratio."""
 SETTLE_SECONDS = 5.0
@@ -69,13 +71,13 @@ class Canary:
         self.step = 0
         self.shown: set[str] = set()  # guardrails that were fine in some step
         self.last: Record | None = None
-        self._emit, self._explain = emit, explain
+        self.emit, self._explain = emit, explain
         self._aa = bool(experiment.aa_units)
         self._rails = [(METRICS[rail.metric], rail.accepted) for rail in experiment.guardrails]
         self._takes_notes = any(metric.kind in ("score", "pairs") for metric, _ in self._rails)
         self._requests = 0  # of the canary, compared, in the steps before this one
         self._warm_up = experiment.warm_up_requests
-        self._epoch = 0  # counts windows
+        self._epoch = self._windows = 0  # windows opened; those of them that are not A/A
         self._spoilt = False  # held by a look: what the window has is not to be trusted
         self._begun: dict[str, int] = {}  # conversation -> epoch it began in; -1: before the window opened
         self._known: dict[str, tuple[int, int, str]] = {}  # row -> epoch, arm, unit
@@ -92,6 +94,14 @@ class Canary:
             return Plan(self.state, 0.0)
         return Plan(self.state, self.experiment.steps[self.step], self._aa)
 
+    def trust(self, record: Record) -> None:
+        """Stand where a record says, whatever came out of the rows: what was decided is not taken back."""
+        if (self.state, self.step, self._aa) != (record.state, record.step, record.aa):
+            self.state, self.step, self._aa = record.state, record.step, record.aa
+            self._open(record.at)
+        self.number, self.last = record.number + 1, record
+        self.rows, self.notes = max(self.rows, record.rows), max(self.notes, record.notes)
+
     @property
     def requests(self) -> int:
         """Of the canary, that were compared, in all steps."""
@@ -104,7 +114,8 @@ class Canary:
             return
         before = self.window.requests[1]
         self.window.add(row)
-        if self.window.requests[1] > before and self.window.requests[1] % LOOK == 0:
+        count = self.window.requests[1]
+        if count > before and (count % LOOK == 0 or count in EARLY_LOOKS):
             self.look(at)
 
     def add_note(self, note: Note, position: int) -> None:
@@ -156,16 +167,16 @@ class Canary:
         ]
 
     def _alpha(self) -> float:
-        """This step's part: half of what is left."""
-        return self.experiment.alpha / 2.0 ** (self.step + 1)
+        """This window's part: half of what the ones before it have left."""
+        return self.experiment.alpha / 2.0 ** max(1, self._windows)
 
     def _next(self, found: Sequence[Finding]) -> tuple[State, int, str]:
         """What a look leads to: state, step, and why if that is news."""
         state, step, window = self.state, self.step, self.window
-        drawn = self.experiment.steps[step]
-        units = sum(window.units)
-        uneven = log_share_evidence(window.units[1], units, drawn) >= -math.log(ALPHA_RATIO) if drawn < 1.0 else False
-        ratio = f"{window.units[1]} of {units} units are the canary's, where {drawn:g} of them were drawn"
+        drawn, arrived = self.experiment.steps[step], window.arrived()
+        units = sum(arrived)
+        uneven = drawn < 1.0 and log_share_evidence(arrived[1], units, drawn) >= -math.log(ALPHA_RATIO)
+        ratio = f"{arrived[1]} of {units} units are the canary's, where {drawn:g} of them were drawn"
         if self._aa:
             worse = [each.metric for each in found if each.worse]
             if state != "aa":
@@ -185,11 +196,7 @@ class Canary:
             return *self._step_after(step), "every guardrail is within its margin"
         open_ = [each.metric for each in found if each.metric not in self.shown]
         if open_ and self.requests >= self.experiment.max_requests:
-            return (
-                "inconclusive",
-                step,
-                f"{self.requests} requests, and not shown: {', '.join(open_)}",
-            )
+            return "inconclusive", step, f"{self.requests} requests, and not shown: {', '.join(open_)}"
         return state, step, ""
 
     def _step_after(self, step: int) -> tuple[State, int]:
@@ -236,6 +243,7 @@ class Canary:
     def _open(self, at: float) -> None:
         """Begin a window."""
         self._epoch += 1
+        self._windows += not self._aa
         self._since = at + SETTLE_SECONDS
         metrics = [metric for metric, _ in self._rails]
         self.window = Window(metrics, self.experiment.control, self.experiment.canary)
@@ -266,10 +274,11 @@ class Canary:
             state=self.state,
             step=self.step,
             share=self.plan.share,
+            aa=self._aa,
             **more,
         )
         self.number += 1
-        self._emit(self.last)
+        self.emit(self.last)
 
 
 async def replay(

@@ -54,6 +54,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     step: int
     share: float
+    aa: bool = False
     reason: str = ""
     changed: bool = False  # of state or step: a decision
     command: str = ""

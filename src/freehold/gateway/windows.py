@@ -203,6 +203,8 @@ class Window:
         self.requests = [0, 0]  # of control and of canary
         self._arms = (control, canary)
         self._units: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+        self._arrivals: tuple[list[float], list[float]] = ([], [])  # first call of each unit
+        self._ended, self._longest = -math.inf, 0.0
         self._absorbed = [0, 0]  # units that came by `absorb`
         self._shadows: dict[str, str] = {}  # row of the mirrored call -> row of the real one
         self._halves: dict[tuple[str, str], tuple[bool, float]] = {}  # (metric, real row) -> (of the mirrored?, score)
@@ -212,6 +214,15 @@ class Window:
     def units(self) -> tuple[int, int]:
         """Sticky units of control and of canary."""
         return len(self._units[0]) + self._absorbed[0], len(self._units[1]) + self._absorbed[1]
+
+    def arrived(self) -> tuple[int, int]:
+        """Units of control and of canary that came so long ago that no call of then can still be running.
+
+        Otherwise the slower arm would seem to have got less: its calls are not in the ledger before they end.
+        """
+        before = self._ended - self._longest
+        counts = [sum(at <= before for at in arm) for arm in self._arrivals]
+        return counts[0] + self._absorbed[0], counts[1] + self._absorbed[1]
 
     def add(self, row: Row) -> bool:
         """Count an attempt; whether it was one of an arm."""
@@ -225,6 +236,9 @@ class Window:
         unit = self._units[arm].get(row.unit)
         if unit is None:
             unit = self._units[arm][row.unit] = [0.0] * (2 * len(self.metrics))
+            self._arrivals[arm].append(row.at)
+        self._ended = max(self._ended, row.at + row.duration)
+        self._longest = max(self._longest, row.duration)
         for index, compared in enumerate(self.metrics):
             if (counted := self._count(compared, row, arm)) is not None:
                 self._move(compared, arm, unit, 2 * index, *counted)

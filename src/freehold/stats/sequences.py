@@ -44,7 +44,7 @@ _UP_J: Floats = np.expm1(_TILT_J)
 _DOWN_J: Floats = np.expm1(-_TILT_J)
 _LEAST = 1e-3  # bounds of scores nearer to 0 than this part of the mean are given as 0
 _STAKE_J: Floats = np.geomspace(0.02, 0.98, 20)
-_STEPS, _CLOSE = 60, 1e-7  # of finding a root: at most so many, until the log evidence is so close
+_STEPS, _CLOSE = 60, 1e-6  # of finding a root: at most so many, until the log evidence is so close
 
 
 def log_odds_evidence(
@@ -207,9 +207,11 @@ def design_effect(units: int, trials: float, hits: float, hits2: float, cross: f
 
 def _growth(trials: ArrayLike, null: ArrayLike, below: bool) -> Floats:
     """[bets]: by how much each bet's factors must be divided for fairness, as a logarithm, over all trials."""
-    trials_B, null_B = np.atleast_1d(np.asarray(trials, np.float64)), np.atleast_1d(np.asarray(null, np.float64))
-    growth: Floats = np.log1p(np.multiply.outer(_DOWN_J if below else _UP_J, null_B)) @ trials_B
-    return growth
+    bets_J = _DOWN_J if below else _UP_J
+    if isinstance(null, float | int) and isinstance(trials, float | int):
+        return np.log1p(bets_J * null) * trials
+    grown: Floats = np.log1p(np.multiply.outer(bets_J, null)) @ np.asarray(trials, np.float64)
+    return grown
 
 
 def _hits_needed(growth_J: Floats, needed: float, trials: float, start: float) -> float:
@@ -228,8 +230,7 @@ def _hits_needed(growth_J: Floats, needed: float, trials: float, start: float) -
 
 
 def _log_mean_exp(logs_J: Floats) -> float:
-    top = float(logs_J.max())
-    return top + math.log(float(np.exp(logs_J - top).mean()))
+    return float(np.logaddexp.reduce(logs_J)) - math.log(len(logs_J))
 
 
 def _log_twice_normal(z: float) -> float:
