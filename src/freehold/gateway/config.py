@@ -180,6 +180,17 @@ class Guardrail(Section):
         return METRICS[self.metric].margin if self.margin is None else self.margin
 
 
+class Judging(Section):
+    """A model that scores pairs of answers to the same request: the control's, and the canary's in its shadow."""
+
+    model: Name = Field(description="Alias that judges. Its calls are calls like others: policy, budget, a row each.")
+    key_env: str = Field(default="", description="Environment variable with the gateway's key that the judge uses.")
+    key_file: Path | None = Field(default=None, description="File with that key.")
+    share: Share = Field(default=1.0, description="Of the mirrored calls that are judged; at most one a sticky unit.")
+    pairs_per_day: int = Field(default=500, gt=0, description="The key's budget limits it in USD.")
+    groundedness: bool = Field(default=False, description="Also ask how well the answer keeps to what it was given.")
+
+
 class Experiment(Section):
     alias: Name
     control: Name = Field(description="An arm of the alias.")
@@ -188,6 +199,7 @@ class Experiment(Section):
     steps: tuple[Share, ...] = Field((0.05, 0.25, 0.5, 1.0), description="Canary's share of the units, ascending.")
     shadow: Share = Field(0.0, description="Share of the control's requests that are mirrored to the canary.")
     guardrails: tuple[Guardrail, ...] = Field(min_length=1)
+    judge: Judging | None = None
     alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false rollback, over the whole experiment.")
     aa_units: int = Field(0, ge=0, description="A/A first: so many units with both arms the control.")
     warm_up_requests: int = Field(20, ge=0, description="First requests of the canary that are not analysed.")
@@ -252,6 +264,8 @@ class Settings(Section):
                 if name not in self.models:
                     raise ValueError(f"routes {route.name!r}: there is no model {name!r}")
         for name, each in self.experiments.items():
+            if each.judge is not None and each.judge.model not in self.models:
+                raise ValueError(f"experiments.{name}: there is no model {each.judge.model!r} to judge")
             arms = {arm.name for arm in self.models[each.alias].arms} if each.alias in self.models else set()
             if not {each.control, each.canary} <= arms or each.control == each.canary:
                 raise ValueError(f"experiments.{name}: control and canary must be two arms of {each.alias!r}")

@@ -48,7 +48,7 @@ _STEPS, _CLOSE = 60, 1e-6  # of finding a root: at most so many, until the log e
 
 
 def log_odds_evidence(
-    hits: float, trials: ArrayLike, null: ArrayLike, *, below: bool = False, design: float = 1.0
+    hits: float, trials: float | Floats, null: float | Floats, *, below: bool = False, design: float = 1.0
 ) -> float:
     """Log of the evidence that the rate of hits is above `null` (or below it).
 
@@ -205,13 +205,13 @@ def design_effect(units: int, trials: float, hits: float, hits2: float, cross: f
     return max(1.0, (hits2 - 2.0 * rate * cross + rate * rate * trials2) / independent)
 
 
-def _growth(trials: ArrayLike, null: ArrayLike, below: bool) -> Floats:
+def _growth(trials: float | Floats, null: float | Floats, below: bool) -> Floats:
     """[bets]: by how much each bet's factors must be divided for fairness, as a logarithm, over all trials."""
     bets_J = _DOWN_J if below else _UP_J
-    if isinstance(null, float | int) and isinstance(trials, float | int):
-        return np.log1p(bets_J * null) * trials
-    grown: Floats = np.log1p(np.multiply.outer(bets_J, null)) @ np.asarray(trials, np.float64)
-    return grown
+    if isinstance(null, np.ndarray):
+        grown: Floats = np.log1p(np.multiply.outer(bets_J, null)) @ trials
+        return grown
+    return np.log1p(bets_J * null) * trials
 
 
 def _hits_needed(growth_J: Floats, needed: float, trials: float, start: float) -> float:
