@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, str] = {
     "debug": "Name the first layer whose output differs from transformers'.",
     "train": "Train a small model, or fine-tune one on your own chats.",
     "plan": "Size a deployment: memory, speed, cost, and how to launch it.",
+    "canary": "See and steer the canaries of a running gateway.",
     "bench": "Measure where time goes, or what 8-bit caches cost in quality.",
 }
 

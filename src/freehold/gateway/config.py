@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from freehold.errors import ConfigError
 from freehold.gateway.call import Effort
+from freehold.gateway.windows import METRICS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=128)]
 Speaks = Literal["chat", "completions", "responses", "messages", "embeddings"]
@@ -227,7 +228,32 @@ class Route(Section):
 
 class Guardrail(Section):
     metric: str = Field(description="One of `freehold.gateway.windows.METRICS`.")
-    margin: float = Field(description="How much worse is still accepted: absolute for rates and scores, else relative.")
+    margin: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="How much worse is still accepted: absolute for rates and scores, else relative; the metric's own.",
+    )
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        if self.metric not in METRICS:
+            raise ValueError(f"there is no metric {self.metric!r}: {', '.join(METRICS)}")
+        return self
+
+    @property
+    def accepted(self) -> float:
+        """The margin."""
+        return METRICS[self.metric].margin if self.margin is None else self.margin
+
+
+class Judging(Section):
+    """A model that scores pairs of answers to the same request: the control's, and the canary's in its shadow."""
+
+    model: Name = Field(description="Alias that judges. Its calls are calls like others: policy, budget, a row each.")
+    key_env: str = Field(default="", description="Environment variable with the gateway's key that the judge uses.")
+    key_file: Path | None = Field(default=None, description="File with that key.")
+    share: Share = Field(default=1.0, description="Of the mirrored calls that are judged; at most one a sticky unit.")
+    pairs_per_day: int = Field(default=500, gt=0, description="The key's budget limits it in USD.")
+    groundedness: bool = Field(default=False, description="Also ask how well the answer keeps to what it was given.")
 
 
 class Experiment(Section):
@@ -238,6 +264,7 @@ class Experiment(Section):
     steps: tuple[Share, ...] = Field((0.05, 0.25, 0.5, 1.0), description="Canary's share of the units, ascending.")
     shadow: Share = Field(0.0, description="Share of the control's requests that are mirrored to the canary.")
     guardrails: tuple[Guardrail, ...] = Field(min_length=1)
+    judge: Judging | None = None
     alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false rollback, over the whole experiment.")
     aa_units: int = Field(0, ge=0, description="A/A first: so many units with both arms the control.")
     warm_up_requests: int = Field(20, ge=0, description="First requests of the canary that are not analysed.")
@@ -311,6 +338,8 @@ class Settings(Section):
         for name, each in self.experiments.items():
             if aliases.count(each.alias) > 1:
                 raise ValueError(f"experiments.{name}: {each.alias!r} has another experiment; one at a time")
+            if each.judge is not None and each.judge.model not in self.models:
+                raise ValueError(f"experiments.{name}: there is no model {each.judge.model!r} to judge")
             arms = {arm.name for arm in self.models[each.alias].arms} if each.alias in self.models else set()
             if not {each.control, each.canary} <= arms or each.control == each.canary:
                 raise ValueError(f"experiments.{name}: control and canary must be two arms of {each.alias!r}")

@@ -1,0 +1,260 @@
+"""Bounds that hold at every look: of rates, their ratios, quantiles, means and scores that are watched as they grow.
+
+A test that is made once is wrong with probability alpha. Made again at every look, it is wrong far more often. Here
+every statement rests on an **e-process**: the wealth of a gambler who starts with 1 and bets against a hypothesis at
+fair odds. If the hypothesis is true, the wealth ever passes 1/alpha with probability at most alpha (Ville 1939),
+whenever one looks and whatever makes one stop. `log_*` functions give the logarithm of that wealth; a bound is the
+hypothesis at the edge of those that the gambler has not yet made 1/alpha from. All bounds are one-sided: a pair of
+them, each with alpha, holds with 1 - 2 alpha.
+
+    rates          `log_odds_evidence`, `rate_lower`, `rate_upper`: exact, also for anything within 0..1
+    two rates      `ratio_lower`: exact, whatever the common rate is and however it moves
+    quantiles      `most_above`, `fewest_above`: exact; order statistics, by the number of values above
+    scores         `log_score_evidence`, `score_lower`: exact, and sharp where scores vary little
+    means          `log_normal_evidence`, `normal_distance`: in the limit of many units
+
+**Why mixtures over a grid.** A gambler who knew the effect would bet on it. One who does not splits the stake between
+the bets on a grid of effects, equally, and loses at most log(size of the grid). Any finite grid gives an exact
+e-process, without integrals to approximate.
+
+Correlated values: `design_effect` says how many values of a unit (a conversation) are worth one independent value;
+counts are divided by it, as Rao & Scott do. Where each unit has one value, it is 1 and the bounds stay exact.
+
+Sources: Ville (1939); Howard, Ramdas, McAuliffe & Sekhon (2021), "Time-uniform, nonparametric, nonasymptotic
+confidence sequences" (sub-Bernoulli processes, the one-sided normal mixture); Howard & Ramdas (2022), "Sequential
+estimation of quantiles"; Waudby-Smith & Ramdas (2024), "Estimating means of bounded random variables by betting";
+Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (2024), "Time-uniform central limit theory and asymptotic confidence
+sequences"; Lindon & Malek (2022), "Anytime-valid inference for multinomial count data"; Hoeffding (1963), theorem 4;
+Rao & Scott (1992), "A simple method for the analysis of clustered binary data".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+# Bets on log odds ratios from 1.05 to 33, in even steps of their logarithm; and on shares of the largest stake.
+_TILT_J: Floats = np.geomspace(0.05, 3.5, 20)
+_UP_J: Floats = np.expm1(_TILT_J)
+_DOWN_J: Floats = np.expm1(-_TILT_J)
+_LEAST = 1e-3  # bounds of scores nearer to 0 than this part of the mean are given as 0
+_STAKE_J: Floats = np.geomspace(0.02, 0.98, 20)
+_STEPS, _CLOSE = 60, 1e-6  # of finding a root: at most so many, until the log evidence is so close
+
+
+def log_odds_evidence(
+    hits: float, trials: float | Floats, null: float | Floats, *, below: bool = False, design: float = 1.0
+) -> float:
+    """Log of the evidence that the rate of hits is above `null` (or below it).
+
+    hits: their number, or the sum of values within 0..1. trials, null: one of each; or of each block [B], with `hits`
+    over all of them. design: the design effect.
+
+    With odds ratio r the factor r^x / (1 + (r - 1) null) of a value x within 0..1 has expectation at most 1 if the
+    mean is at most `null` (r > 1) or at least `null` (r < 1), as r^x is convex in x (Hoeffding 1963).
+    """
+    return _log_mean_exp((hits * (-_TILT_J if below else _TILT_J) - _growth(trials, null, below)) / design)
+
+
+def rate_lower(hits: float, trials: float, alpha: float, design: float = 1.0) -> float:
+    """The lower bound of a rate: the largest one against which there is evidence of 1/alpha."""
+    if hits <= 0:
+        return 0.0
+    needed = -math.log(alpha)
+    return _root(lambda rate: log_odds_evidence(hits, trials, rate, design=design) - needed, 0.0, hits / trials)
+
+
+def rate_upper(hits: float, trials: float, alpha: float, design: float = 1.0) -> float:
+    """The upper bound of a rate."""
+    return 1.0 - rate_lower(trials - hits, trials, alpha, design)
+
+
+def ratio_lower(
+    hits: float, events_B: ArrayLike, first_B: ArrayLike, other_B: ArrayLike, alpha: float, design: float = 1.0
+) -> float:
+    """The lower bound of how many times the first group's rate is the other's, up to 1e4: `log_ratio_evidence`."""
+    if hits <= 0:
+        return 0.0
+    needed = -math.log(alpha)
+    blocks = (np.asarray(events_B, np.float64), np.asarray(first_B, np.float64), np.asarray(other_B, np.float64))
+
+    def excess(log_ratio: float) -> float:
+        return log_ratio_evidence(hits, *blocks, ratio=math.exp(log_ratio), design=design) - needed
+
+    most = math.log(1e4)
+    return math.exp(_root(excess, -most, most)) if excess(-most) > 0 else 0.0
+
+
+def log_ratio_evidence(
+    hits: float,
+    events_B: ArrayLike,
+    first_B: ArrayLike,
+    other_B: ArrayLike,
+    *,
+    ratio: float = 1.0,
+    design: float = 1.0,
+) -> float:
+    """Log of the evidence that the first group's rate is more than `ratio` times the other's.
+
+    The data come in blocks (what came between two looks): events_B in both groups together, of first_B and other_B
+    trials. hits: events of the first group over all blocks.
+
+    Given the events of a block, each fell into the first group with odds ratio * first / other, whatever the rate of
+    that block is: a bad hour of both groups cannot be mistaken for a difference. For equal rates their number is
+    hypergeometric, which Hoeffding's theorem 4 puts below the binomial that is bet against: exact for ratio 1, and for
+    others where events are rare.
+    """
+    events, first, other = (np.asarray(each, np.float64) for each in (events_B, first_B, other_B))
+    weighted = ratio * first
+    null = np.divide(weighted, weighted + other, out=np.zeros_like(weighted), where=weighted + other > 0)
+    return log_odds_evidence(hits, events, null, design=design)
+
+
+def most_above(trials: float, level: float, alpha: float, design: float = 1.0) -> int:
+    """The quantile of `level` is at least x wherever so many of the values, or more, lie above x: the lower bound.
+
+    It may be more than there are values: then there is none yet. Howard & Ramdas (2022), section 3: x is a bound where
+    the rate of values above it is.
+    """
+    growth_J = _growth(trials, 1.0 - level, below=False)
+    return math.ceil(_hits_needed(growth_J, -math.log(alpha) * design, trials, trials * (1.0 - level)) - 1e-6)
+
+
+def fewest_above(trials: float, level: float, alpha: float, design: float = 1.0) -> int:
+    """The quantile of `level` is at most x wherever so many of the values, or fewer, lie above x; below 0: none yet."""
+    growth_J = _growth(trials, level, below=False)
+    return math.floor(trials - _hits_needed(growth_J, -math.log(alpha) * design, trials, trials * level) + 1e-6)
+
+
+def log_score_evidence(counts: Mapping[float, int], null: float) -> float:
+    """Log of the evidence that the mean of values within 0..1 is above `null`, 0 < null < 1. counts: how often each
+    value came.
+
+    The gambler stakes a fixed share s/null, s < 1, of the wealth on x - null: wealth is a product of factors
+    1 + s (x/null - 1), which are never negative. With fixed shares the order of the values does not matter.
+    Waudby-Smith & Ramdas (2024).
+    """
+    values_V = np.fromiter(counts, np.float64, len(counts))
+    times_V = np.fromiter(counts.values(), np.float64, len(counts))
+    return _log_mean_exp(np.log1p(_STAKE_J[:, None] * (values_V / null - 1.0)) @ times_V)
+
+
+def score_lower(counts: Mapping[float, int], alpha: float) -> float:
+    """The lower bound of the mean of values within 0..1."""
+    total = sum(counts.values())
+    mean = sum(value * times for value, times in counts.items()) / total if total else 0.0
+    needed = -math.log(alpha)
+    if mean <= 0.0 or log_score_evidence(counts, _LEAST * mean) < needed:
+        return 0.0
+    below = mean / total
+    while below < mean and log_score_evidence(counts, mean - below) < needed:
+        below *= 2.0
+    low = max(mean - below, _LEAST * mean)
+    return _root(lambda null: log_score_evidence(counts, null) - needed, low, min(mean, 1.0 - 1e-9))
+
+
+def score_upper(counts: Mapping[float, int], alpha: float) -> float:
+    """The upper bound of the mean of values within 0..1."""
+    return 1.0 - score_lower({1.0 - value: times for value, times in counts.items()}, alpha)
+
+
+def log_normal_evidence(distance: float, information: float, scale: float) -> float:
+    """Log of the evidence that a mean is above a value that the estimate exceeds by `distance`.
+
+    information: 1 / squared standard error of the estimate. scale: of the half-normal prior of the effect, in the same
+    unit as distance: how large an effect the test is tuned for. Howard et al. (2021), one-sided normal mixture; valid
+    for means of any distribution in the limit (Waudby-Smith et al. 2024), so not for a handful of units.
+    """
+    spread = information * scale * scale
+    z = distance * information * scale / math.sqrt(1.0 + spread)
+    return _log_twice_normal(z) + 0.5 * z * z - 0.5 * math.log1p(spread)
+
+
+def normal_distance(information: float, scale: float, alpha: float) -> float:
+    """How far the estimate must be above a value for evidence of 1/alpha: half the width of the sequence, one-sided."""
+    if information <= 0:
+        return math.inf
+    needed, unit = -math.log(alpha), 1.0 / math.sqrt(information)
+    high = unit
+    while log_normal_evidence(high, information, scale) < needed:
+        high *= 2.0
+    return _root(lambda distance: needed - log_normal_evidence(distance, information, scale), 0.0, high)
+
+
+def log_share_evidence(hits: float, trials: float, share: float) -> float:
+    """Log of the evidence that hits do not come with probability `share`: more or fewer. For sample ratios."""
+    up = log_odds_evidence(hits, trials, share)
+    down = log_odds_evidence(hits, trials, share, below=True)
+    return float(np.logaddexp(up, down) - math.log(2.0))
+
+
+def design_effect(units: int, trials: float, hits: float, hits2: float, cross: float, trials2: float) -> float:
+    """How many correlated trials are worth one independent one; at least 1. Rao & Scott (1992).
+
+    Sums over units: trials n, hits x, x^2, x n and n^2. The variance of x - p n over that of independent trials.
+    """
+    rate = hits / trials if trials else 0.0
+    independent = rate * (1.0 - rate) * trials
+    if units < 2 or independent <= 0:
+        return 1.0
+    return max(1.0, (hits2 - 2.0 * rate * cross + rate * rate * trials2) / independent)
+
+
+def _growth(trials: float | Floats, null: float | Floats, below: bool) -> Floats:
+    """[bets]: by how much each bet's factors must be divided for fairness, as a logarithm, over all trials."""
+    bets_J = _DOWN_J if below else _UP_J
+    if isinstance(null, np.ndarray):
+        grown: Floats = np.log1p(np.multiply.outer(bets_J, null)) @ trials
+        return grown
+    return np.log1p(bets_J * null) * trials
+
+
+def _hits_needed(growth_J: Floats, needed: float, trials: float, start: float) -> float:
+    """The number of hits with evidence `needed`: Newton's method, on a convex increasing function."""
+    hits = start
+    for _ in range(_STEPS):
+        logs_J = hits * _TILT_J - growth_J
+        top = float(logs_J.max())
+        weights_J = np.exp(logs_J - top)
+        total = float(weights_J.sum())
+        step = (top + math.log(total / len(_TILT_J)) - needed) * total / float(weights_J @ _TILT_J)
+        hits -= step
+        if abs(step) < _CLOSE:
+            break
+    return float(hits)
+
+
+def _log_mean_exp(logs_J: Floats) -> float:
+    return float(np.logaddexp.reduce(logs_J)) - math.log(len(logs_J))
+
+
+def _log_twice_normal(z: float) -> float:
+    """log(2 Phi(z)), also far below 0, where Phi itself is no longer a float."""
+    if z > -30.0:
+        return math.log(math.erfc(-z / math.sqrt(2.0)))
+    return -0.5 * z * z - math.log(-z * math.sqrt(math.pi / 2.0))
+
+
+def _root(excess: Callable[[float], float], low: float, high: float) -> float:
+    """Where a monotone function with excess(low) > 0 > excess(high) is 0: false position, Illinois method."""
+    at_low, at_high = excess(low), excess(high)
+    if at_low <= 0.0 or at_high >= 0.0:
+        return low if at_low <= 0.0 else high
+    at, side = low, 0
+    for _ in range(_STEPS):
+        at = (low * at_high - high * at_low) / (at_high - at_low)
+        value = excess(at)
+        if abs(value) < _CLOSE or high - low < _CLOSE * _CLOSE:
+            break
+        if value > 0.0:
+            low, at_low, at_high = at, value, at_high * (0.5 if side > 0 else 1.0)
+            side = 1
+        else:
+            high, at_high, at_low = at, value, at_low * (0.5 if side < 0 else 1.0)
+            side = -1
+    return at
