@@ -40,7 +40,10 @@ class Ticket:
 
 
 class Admission:
-    """Limits and budgets of all keys. trouble: why calls cannot be written down now, or ''. clock: monotonic seconds."""
+    """Limits and budgets of all keys. trouble: why calls cannot be written down now, or ''.
+
+    clock: monotonic seconds.
+    """
 
     def __init__(
         self,

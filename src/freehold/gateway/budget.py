@@ -41,7 +41,9 @@ def bound(request: Request, targets: Sequence[Target], cap: int) -> int:
     for target in targets:
         price = target.price
         a_token_in = max(price.input, price.cached_input or 0)
-        dearest = max(dearest, -(-input_tokens * a_token_in // PER_MILLION) + -(-output_tokens * price.output // PER_MILLION))
+        dearest = max(
+            dearest, -(-input_tokens * a_token_in // PER_MILLION) + -(-output_tokens * price.output // PER_MILLION)
+        )
     return dearest
 
 
@@ -73,7 +75,7 @@ class Budgets(Protocol):
         """Take it from all budgets in limits, or from none. Raises BudgetExhausted."""
 
     def settle(self, reservation: Reservation | None, charged: Sequence[str], day: int, spent: int, keep: bool) -> None:
-        """The call is over and has cost `spent`, of the scopes in `charged`. keep: it may have cost more, nobody knows."""
+        """The call is over, and has cost `spent`, of each scope in `charged`. keep: it may have cost more."""
 
 
 class Journal(Protocol):

@@ -26,11 +26,12 @@ MINIMUM = 16  # characters of an admin key
 
 # What examples, other gateways and hurried people use. Any of them, in any case, opens nothing here.
 _WELL_KNOWN = (
-    "admin api-key api_key apikey bearer change-me changeme default demo dummy empty example fake freehold freehold-key "
-    "gateway key letmein master master-key none null openai password placeholder secret sk sk-... sk-1234 sk-12345 "
-    "sk-123456 sk-admin sk-default sk-dummy sk-fake sk-freehold sk-key sk-local sk-master sk-no-key-required sk-proxy "
-    "sk-secret sk-test sk-xxx sk-xxxx test test-key testing token token-abc123 todo unused your-api-key your_api_key "
-    "123 1234 12345 123456 12345678 123456789 1234567890 abc abc123 qwerty xxx fh- fh-test fh-1234"
+    "admin api-key api_key apikey bearer change-me changeme default demo dummy empty example fake freehold "
+    "freehold-key gateway key letmein master master-key none null openai password placeholder secret sk sk-... "
+    "sk-1234 sk-12345 sk-123456 sk-admin sk-default sk-dummy sk-fake sk-freehold sk-key sk-local sk-master "
+    "sk-no-key-required sk-proxy sk-secret sk-test sk-xxx sk-xxxx test test-key testing token token-abc123 todo unused "
+    "your-api-key your_api_key 123 1234 12345 123456 12345678 123456789 1234567890 abc abc123 qwerty "
+    "xxx fh- fh-test fh-1234"
 ).split()
 _WELL_KNOWN_DIGESTS = frozenset(
     hashlib.sha256(word.encode()).hexdigest() for each in ("", *_WELL_KNOWN) for word in (each, each.upper())
@@ -73,9 +74,9 @@ class Keys:
         self._known = self._table(settings, self._records)
 
     def authenticate(self, token: str) -> Caller | None:
-        """Whose key this is; None: nobody's. "" is somebody's, with every scope, as long as there are no keys at all."""
-        if not token:
-            return ANYBODY if not self.required else None
+        """Whose key this is; None: nobody's. As long as there are no keys at all, whatever is sent is `ANYBODY`'s."""
+        if not self.required:
+            return ANYBODY
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         known = self._known.get(self._place(digest))
         if known is None or not hmac.compare_digest(known[0], digest):
@@ -127,7 +128,9 @@ class Keys:
             if record.revoked_at is not None:
                 continue
             if record.key_id in settings.keys:
-                raise ConfigError(f"keys.{record.key_id}: a key made by command has this name; revoke it, or rename one")
+                raise ConfigError(
+                    f"keys.{record.key_id}: a key made by command has this name; revoke it, or rename one"
+                )
             digest = bytes.fromhex(record.digest)
             table.setdefault(self._place(digest), (digest, record.expires_at, _caller(record, settings)))
         return table

@@ -1,9 +1,9 @@
 """Rates and concurrency of a key: requests and tokens a minute by GCRA, calls at once by counting.
 
 GCRA (ATM Forum, Traffic Management 4.0, 1996, in its virtual-scheduling form) keeps one time per limit, the
-`theoretical arrival time` (TAT), at which the allowance is whole again. A key that was quiet may use a minute's worth at
-once; after that the rate holds. Tokens are estimated at the start and corrected when the call ends, so that what counts
-is what was used; a call that used more delays the next one.
+`theoretical arrival time` (TAT), at which the allowance is whole again. A key that was quiet may use a minute's worth
+at once; after that the rate holds. Tokens are estimated at the start and corrected when the call ends, so that what
+counts is what was used; a call that used more delays the next one.
 
 In memory, for each gateway on its own: n gateways behind one address admit up to n times a rate. Budgets are shared.
 """

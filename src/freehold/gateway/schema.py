@@ -161,3 +161,14 @@ def missing(found: int, migrations: Sequence[Migration] = MIGRATIONS) -> Sequenc
             f"the database has schema {found}, and this Freehold knows {len(migrations)}: it was written by a newer one"
         )
     return migrations[found:]
+
+
+def column_types() -> dict[str, str]:
+    """The columns of `calls` in their order, and the types they have in SQL."""
+    text = " ".join(MIGRATIONS[0].both[0].split())
+    definitions = text[text.index("(") + 1 : -1].split(",")
+    columns = {}
+    for definition in definitions:
+        name, kind, *rest = definition.replace("NOT NULL", "").replace("PRIMARY KEY", "").split()
+        columns[name.strip('"')] = " ".join((kind, *rest))
+    return columns

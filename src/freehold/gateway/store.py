@@ -160,6 +160,7 @@ class Store(abc.ABC):
         """A batch that the database refuses for what is in it, as batches of one item: one must not block the others.
 
         Of one item: scrubbed of what a database may refuse; and if that was tried, none. The item is lost, and logged.
+        Their numbers are higher than all others': they are to be written last, or they would pass for written.
         """
         if len(batch.items) > 1:
             rest = batch.items

@@ -62,8 +62,11 @@ class PostgresStore(Store):
                 command_timeout=COMMAND_SECONDS,
                 server_settings={"application_name": "freehold gateway"},
             )
-            await self._transact(_migrate(schema.MIGRATIONS))
+            await self._transact(migrate(schema.MIGRATIONS))
         except (OSError, ValueError, self._pg.PostgresError, self._pg.InterfaceError) as error:
+            if self._pool is not None:
+                await self._pool.close()
+                self._pool = None
             # The address has a password: it is not in the message.
             raise ConfigError(f"store: PostgreSQL: {error or type(error).__name__}") from None
         self._writer_task = asyncio.create_task(self._write())
@@ -155,9 +158,8 @@ class PostgresStore(Store):
                 try:
                     await self._transact(to.write_batch(self._batches[0], time.time()))
                 except (self._pg.DataError, self._pg.IntegrityConstraintViolationError) as error:
-                    self._batches[:1] = self._one_by_one(self._batches[0], error)
-                else:
-                    del self._batches[0]
+                    self._batches += self._one_by_one(self._batches[0], error)
+                del self._batches[0]
         except (OSError, TimeoutError, self._pg.PostgresError, self._pg.InterfaceError) as error:
             self._failure = f"the ledger cannot be written: PostgreSQL: {error or type(error).__name__}"
             return False
@@ -192,7 +194,7 @@ async def _execute(connection: Any, statement: to.Statement) -> list[tuple[Any, 
     return []
 
 
-def _migrate(migrations: Sequence[schema.Migration]) -> to.Transaction[None]:
+def migrate(migrations: Sequence[schema.Migration]) -> to.Transaction[None]:
     yield to.Lock(to.MIGRATING)
     yield to.Do("CREATE TABLE IF NOT EXISTS schema_version (version bigint NOT NULL)")
     found = yield to.Do("SELECT version FROM schema_version")

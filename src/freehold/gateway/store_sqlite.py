@@ -16,6 +16,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,7 @@ class SqliteStore(Store):
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            run(connection, _migrate(schema.MIGRATIONS))
+            run(connection, migrate(schema.MIGRATIONS))
         except BaseException:
             connection.close()
             raise
@@ -204,17 +205,17 @@ class SqliteStore(Store):
 
     def _write_all(self, connection: sqlite3.Connection, batches: list[to.Batch]) -> list[to.Batch]:
         """Write batches in their order; give back those to try again later, because the database cannot be written."""
-        waiting = batches[::-1]
+        waiting = deque(batches)
         while waiting:
-            batch = waiting.pop()
+            batch = waiting.popleft()
             self._writing_since = time.monotonic()
             try:
                 run(connection, to.write_batch(batch, time.time()))
             except sqlite3.OperationalError as error:  # locked, disk full, disk broken: not for what is in it
                 self._failure = f"the ledger {self.path} cannot be written: {error}"
-                return [batch, *waiting[::-1]]
+                return [batch, *waiting]
             except (sqlite3.Error, ValueError, OverflowError) as error:
-                waiting.extend(self._one_by_one(batch, error)[::-1])
+                waiting.extend(self._one_by_one(batch, error))
             finally:
                 self._writing_since = None
         self._failure = ""
@@ -246,7 +247,7 @@ def run(connection: sqlite3.Connection, transaction: to.Transaction[T]) -> T:
         raise
 
 
-def _migrate(migrations: Sequence[schema.Migration]) -> to.Transaction[None]:
+def migrate(migrations: Sequence[schema.Migration]) -> to.Transaction[None]:
     version = (yield to.Do("PRAGMA user_version"))[0][0]
     for migration in schema.missing(version, migrations):
         for statement in migration.statements("sqlite"):

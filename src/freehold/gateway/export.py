@@ -1,0 +1,69 @@
+"""The ledger as a file: Parquet (needs the extra `parquet`) or JSON lines, by the file's name.
+
+The file is written beside its place and moved there when it is whole. It holds pseudonyms of people: mode 0600.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from freehold.errors import InvalidRequest
+from freehold.gateway.filters import Filter
+from freehold.gateway.schema import column_types
+from freehold.gateway.store import Store
+
+_AT_ONCE = 1000
+
+
+async def export(store: Store, path: Path, which: Filter) -> int:
+    """Write the rows that are asked for; returns how many. Raises InvalidRequest if the name ends in neither
+    .parquet nor .jsonl, and MissingExtra's cause if duckdb is not installed."""
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise InvalidRequest(f"{path}: name a file that ends in .parquet or .jsonl", param="file")
+    duckdb: Any = importlib.import_module("duckdb") if path.suffix == ".parquet" else None  # an extra
+    lines = path.with_name(f".{path.name}.{os.getpid()}.jsonl")
+    done = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        count = await _write_lines(store, lines, which)
+        if duckdb is None:
+            os.replace(lines, path)
+        else:
+            await asyncio.to_thread(_to_parquet, duckdb, lines, done)
+            os.replace(done, path)
+    finally:
+        for each in (lines, done):
+            each.unlink(missing_ok=True)
+    return count
+
+
+async def _write_lines(store: Store, path: Path, which: Filter) -> int:
+    encoder = msgspec.json.Encoder()
+    count = 0
+    waiting: list[bytes] = []
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        async for row in store.rows(which):
+            # Every field, also those with their default: a reader need not know them.
+            waiting.append(encoder.encode(msgspec.structs.asdict(row)))
+            count += 1
+            if len(waiting) == _AT_ONCE:
+                file.write(b"\n".join((*waiting, b"")))
+                waiting.clear()
+        file.write(b"\n".join((*waiting, b"")) if waiting else b"")
+    return count
+
+
+def _to_parquet(duckdb: Any, lines: Path, path: Path) -> None:
+    columns = {name: kind.upper() for name, kind in column_types().items()}
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    connection = duckdb.connect(":memory:", config={"autoinstall_known_extensions": "false"})
+    try:
+        source = connection.read_json(str(lines), columns=columns, format="newline_delimited")
+        source.write_parquet(str(path), compression="zstd")
+    finally:
+        connection.close()

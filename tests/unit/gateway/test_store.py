@@ -1,0 +1,340 @@
+"""What both stores do alike: rows come back as they were, changes are whole or not at all, others hear of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from freehold.errors import ConfigError, Conflict, InvalidRequest, NotFound
+from freehold.gateway import schema, store_postgres, store_sqlite
+from freehold.gateway import store as store_module
+from freehold.gateway import transactions as to
+from freehold.gateway.filters import Filter
+from freehold.gateway.records import KeyRecord, Reservation, Text, Usage, day_of
+from freehold.gateway.store import Store
+from freehold.ledger import Note, Row
+from tests.unit.gateway.conftest import OpenStore
+from tests.unit.gateway.ledger_rows import FULL, NOON, full_row, row
+
+DAY = day_of(NOON)
+
+
+async def rows_of(store: Store, **which: Any) -> list[Row]:
+    await store.flush()
+    return [each async for each in store.rows(Filter(**which))]
+
+
+def test_a_full_row_has_no_default_left() -> None:
+    given = {"row_id", "request_id", "at", "endpoint", "key_id", "alias"}
+    assert given | FULL.keys() == set(Row.__struct_fields__)
+    bare, full = row(), full_row()
+    assert not [name for name in FULL if getattr(bare, name) == getattr(full, name)]
+
+
+async def test_rows_come_back_as_they_were(store: Store) -> None:
+    first, second = full_row(at=NOON + 1), row(at=NOON)
+    store.append(first)
+    store.append(second)
+    assert await rows_of(store) == [second, first]
+
+
+async def test_rows_are_read_in_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PAGE", 3)
+    rows = [row(at=NOON + number // 2) for number in range(10)]  # some at the same time
+    for each in rows:
+        store.append(each)
+    assert await rows_of(store) == sorted(rows, key=lambda each: (each.at, each.row_id))
+
+
+async def test_rows_reach_the_database_by_themselves(store: Store) -> None:
+    store.append(row())
+    until = time.monotonic() + 5
+    while not await store.fetch("SELECT 1 FROM calls") and time.monotonic() < until:
+        await asyncio.sleep(0.02)
+    assert len(await store.fetch("SELECT row_id FROM calls")) == 1
+
+
+async def test_stop_writes_what_is_left(open_store: OpenStore) -> None:
+    store = open_store(flush_seconds=10)
+    await store.start()
+    rows = [row(at=NOON + number) for number in range(50)]
+    for each in rows:
+        store.append(each)
+    await store.stop()
+    again = open_store()
+    await again.start()
+    assert await rows_of(again) == rows
+    await again.stop()
+
+
+@pytest.mark.parametrize(
+    ("which", "found"),
+    [
+        ({"since": NOON + 1}, "bc"),
+        ({"until": NOON + 1}, "a"),
+        ({"since": NOON + 1, "until": NOON + 2}, "b"),
+        ({"prompt_name": "summarise"}, "b"),
+        ({"alias": "other"}, "c"),
+        ({"shadows": False}, "ac"),
+        ({"key_id": "nobody"}, ""),
+        ({"experiment": "glm", "team": "search"}, "b"),
+    ],
+)
+async def test_a_filter_finds_what_it_says(store: Store, which: dict[str, Any], found: str) -> None:
+    for each in (
+        row(request_id="a"),
+        full_row(request_id="b", at=NOON + 1),
+        row(request_id="c", at=NOON + 2, alias="other"),
+    ):
+        store.append(each)
+    assert "".join(each.request_id for each in await rows_of(store, **which)) == found
+
+
+async def test_notes_belong_to_their_rows(store: Store) -> None:
+    one, other = full_row(), row()
+    for each in (one, other):
+        store.append(each)
+    notes = [Note(row_id=one.row_id, at=NOON + n, name="feedback", value=n / 2, source="user") for n in (0, 1)]
+    for note in notes:
+        store.note(note)
+    store.note(Note(row_id=other.row_id, at=NOON, name="judge.quality", value=1.0))
+    await store.flush()
+    assert await store.notes(Filter(prompt_name="summarise")) == notes
+    assert len(await store.notes()) == 3
+
+
+@pytest.mark.parametrize("table", ["calls", "notes", "decisions", "audit"])
+async def test_what_is_written_cannot_be_changed(store: Store, table: str) -> None:
+    store.append(full_row())
+    store.note(Note(row_id="r", at=NOON, name="feedback", value=1.0))
+    await store.put_experiment("e", {}, expected=0, decision={"to": "ramping"})
+    await store.flush()
+
+    def change() -> to.Transaction[None]:
+        yield to.Do(f"UPDATE {table} SET at = at + 1")
+
+    with pytest.raises(Exception, match="never changed"):
+        await store.run(change())
+
+
+async def test_what_a_transaction_raises_undoes_it(store: Store) -> None:
+    def half() -> to.Transaction[None]:
+        yield to.Do("INSERT INTO writers (writer, batch, at) VALUES ('x', 1, 0)")
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        await store.run(half())
+    assert not await store.fetch("SELECT 1 FROM writers WHERE writer = 'x'")
+    store.append(row())
+    assert len(await rows_of(store)) == 1
+
+
+async def test_a_batch_is_written_once_however_often_it_is_sent(store: Store) -> None:
+    batch = to.Batch([row(cost=5)], "some-writer", 1)
+    for _ in range(2):
+        await store.run(to.write_batch(batch, NOON))
+    assert len(await rows_of(store)) == 1
+    assert await store.usage(DAY) == [Usage("key:k", 5, 0)]
+
+
+async def test_one_item_that_the_database_refuses_does_not_block_the_others(store: Store) -> None:
+    rows = [row(at=NOON + number) for number in range(5)]
+    bad = row(at=NOON + 9, prompt_version="a\0b\ud800", output_tokens=2**70)
+    for each in (*rows[:3], bad, *rows[3:]):
+        store.append(each)
+    found = await rows_of(store)
+    assert found[:5] == rows
+    assert found[5].row_id == bad.row_id
+    assert found[5].output_tokens == 2**63 - 1 or found[5].output_tokens is None
+    assert "\ud800" not in found[5].prompt_version
+    assert not store.trouble
+    assert not store.lost
+
+
+async def test_an_item_that_cannot_be_written_at_all_is_counted(store: Store) -> None:
+    store.append(row(duration=None))  # no database takes it
+    store.append(row())
+    assert len(await rows_of(store)) == 1
+    assert store.lost == 1
+
+
+async def test_keys_are_made_listed_and_revoked(store: Store) -> None:
+    record = KeyRecord(key_id="search", digest="ab" * 32, team="t", scopes=("chat",), budget_per_day=5, created_at=NOON)
+    await store.add_key(record, "me")
+    assert await store.keys() == [record]
+    with pytest.raises(InvalidRequest, match="not used twice"):
+        await store.add_key(record, "me")
+    await store.revoke_key("search", "me")
+    assert (await store.keys())[0].revoked_at is not None
+    with pytest.raises(NotFound):
+        await store.revoke_key("search", "me")
+    kinds = [(entry.kind, entry.subject) for entry in await store.audit()]
+    assert kinds == [("key.new", "search"), ("key.revoke", "search")]
+    assert "ab" * 32 not in str(await store.audit())
+
+
+async def test_another_process_hears_of_changes(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "WATCH_SECONDS", 0.02)
+    gateway, command = open_store(serving=True), open_store()
+    await gateway.start()
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    gateway.watch(heard.put)
+    await command.start()
+    await command.add_key(KeyRecord(key_id="a", digest="cd" * 32), "me")
+    assert await asyncio.wait_for(heard.get(), 5) == "keys"
+    await command.put_experiment("e", {"share": 0.05}, expected=0)
+    assert await asyncio.wait_for(heard.get(), 5) == "experiments"
+    await command.stop()
+    await gateway.stop()
+
+
+async def test_of_two_changes_to_an_experiment_one_wins(open_store: OpenStore) -> None:
+    stores = [open_store(), open_store()]
+    for store in stores:
+        await store.start()
+    assert (await stores[0].experiment("e")).version == 0
+    answers = await asyncio.gather(
+        *(store.put_experiment("e", {"by": n}, expected=0, decision={"n": n}) for n, store in enumerate(stores)),
+        return_exceptions=True,
+    )
+    assert sorted(type(answer).__name__ for answer in answers) == ["Conflict", "Experiment"]
+    state = await stores[1].experiment("e")
+    assert state.version == 1
+    decisions = await stores[0].decisions("e")
+    assert [(each.number, each.record) for each in decisions] == [(1, {"n": state.state["by"]})]
+    second = await stores[1].put_experiment("e", {"share": 0.25}, expected=1, decision={"n": 9})
+    assert second.version == 2
+    assert [each.number for each in await stores[0].decisions("e")] == [1, 2]
+    with pytest.raises(Conflict):
+        await stores[0].put_experiment("e", {}, expected=1)
+    for store in stores:
+        await store.stop()
+
+
+async def test_spend_is_charged_with_its_rows_and_reservations_end(store: Store) -> None:
+    store.reserve(Reservation("1", ("key:k", "team:t"), DAY, 100, NOON))
+    store.reserve(Reservation("2", ("key:k",), DAY, 30, NOON))
+    await store.flush()
+    store.append(row(team="t", cost=40))
+    store.append(row(team="t", cost=7, shadow_of="r1"))
+    store.append(row(cost=None))
+    store.release("1")
+    await store.flush()
+    assert await store.usage(DAY) == [Usage("key:k", 40, 30), Usage("team:t", 40, 0)]
+    assert await store.usage(DAY + 1) == []
+    # One that begins and ends between two batches is never written.
+    store.reserve(Reservation("3", ("key:k",), DAY, 1, NOON))
+    store.release("3")
+    await store.flush()
+    assert [each for (each,) in await store.fetch("SELECT id FROM reservations")] == ["2"]
+
+
+async def test_reservations_of_killed_gateways_can_be_given_back(open_store: OpenStore) -> None:
+    dead, alive = open_store(), open_store()
+    await dead.start()
+    dead.reserve(Reservation("1", ("key:k",), DAY, 100, NOON))
+    await dead.stop()
+    await alive.start()
+    alive.reserve(Reservation("2", ("key:k",), DAY, 10, NOON))
+    await alive.flush()
+    assert await alive.release_stranded(time.time() - 60, "me") == 0  # it has written since then
+    assert await alive.release_stranded(time.time() + 1, "me") == 1
+    assert await alive.usage(DAY) == [Usage("key:k", 0, 10)]
+    await alive.stop()
+
+
+async def test_old_rows_go_with_their_notes_and_texts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PRUNED_AT_ONCE", 2)
+    for number in range(5):
+        each = row(row_id=f"r{number}", at=NOON + number)
+        store.append(each)
+        store.note(Note(row_id=each.row_id, at=NOON, name="feedback", value=1.0))
+        store.keep(Text(each.row_id, NOON, "question", "answer"))
+    assert await store.prune(NOON + 3) == 3
+    assert [each.row_id for each in await rows_of(store)] == ["r3", "r4"]
+    for table in ("notes", "texts"):
+        assert await store.fetch(f"SELECT row_id FROM {table} ORDER BY row_id") == [("r3",), ("r4",)]
+
+
+async def test_retention_prunes_by_itself(open_store: OpenStore) -> None:
+    store = open_store()
+    await store.start()
+    store.append(row(at=time.time() - 3 * 86_400))
+    store.append(row(at=time.time()))
+    await store.stop()
+    serving = open_store(serving=True, retention_days=2)
+    await serving.start()
+    until = time.monotonic() + 5
+    while len(await serving.fetch("SELECT row_id FROM calls")) > 1 and time.monotonic() < until:
+        await asyncio.sleep(0.02)
+    assert len(await rows_of(serving)) == 1
+    await serving.stop()
+
+
+async def test_a_person_is_forgotten(store: Store) -> None:
+    mine, other = full_row(user="p1"), full_row(user="p2")
+    for each in (mine, other):
+        store.append(each)
+        store.keep(Text(each.row_id, NOON, "q", "a"))
+    assert await store.forget_user("p1", "me") == 1
+    found = {each.row_id: each for each in await rows_of(store)}
+    assert (found[mine.row_id].user, found[mine.row_id].unit, found[mine.row_id].conversation) == ("", "", "")
+    assert found[mine.row_id].cost == mine.cost
+    assert found[other.row_id] == other
+    assert await store.fetch("SELECT row_id FROM texts") == [(other.row_id,)]
+    assert "p1" not in str(await store.audit())
+
+
+async def test_a_secret_is_made_once_and_can_be_destroyed(open_store: OpenStore) -> None:
+    one, other = open_store(), open_store()
+    await one.start()
+    await other.start()
+    secret = await one.secret("identity")
+    assert len(secret) == 32
+    assert await other.secret("identity") == secret
+    await one.forget_secret("identity")
+    assert await other.secret("identity") != secret
+    await one.stop()
+    await other.stop()
+
+
+def test_the_table_has_the_fields_of_a_row() -> None:
+    types = schema.column_types()
+    assert list(types) == list(Row.__struct_fields__)
+    assert set(types.values()) == {"text", "bigint", "double precision", "boolean"}
+
+
+Migrate = Callable[[tuple[schema.Migration, ...]], to.Transaction[None]]
+
+
+def migrations_of(store: Store) -> Migrate:
+    return store_sqlite.migrate if store.dialect == "sqlite" else store_postgres.migrate
+
+
+async def test_an_older_database_becomes_a_current_one(open_store: OpenStore) -> None:
+    store = open_store()
+    await store.start()
+    store.append(row(row_id="old"))
+    newer = (
+        *schema.MIGRATIONS,
+        schema.Migration(("ALTER TABLE calls ADD COLUMN colour text NOT NULL DEFAULT 'grey'",)),
+    )
+    for _ in range(2):  # the second time there is nothing to do
+        await store.run(migrations_of(store)(newer))
+    assert await store.fetch("SELECT row_id, colour FROM calls") == [("old", "grey")]
+    await store.stop()
+    with pytest.raises(ConfigError, match="newer"):
+        await open_store().start()
+
+
+async def test_a_migration_that_fails_leaves_the_database_as_it_was(store: Store) -> None:
+    broken = (*schema.MIGRATIONS, schema.Migration(("CREATE TABLE extra (a bigint)", "CREATE TABLE extra (a bigint)")))
+    with pytest.raises(Exception, match="extra"):
+        await store.run(migrations_of(store)(broken))
+    await store.run(migrations_of(store)(schema.MIGRATIONS))
+    with pytest.raises(Exception, match="extra"):
+        await store.fetch("SELECT * FROM extra")

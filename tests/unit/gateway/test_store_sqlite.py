@@ -1,0 +1,205 @@
+"""What is SQLite's own: files, locks, a disk that fails, and a process that is killed at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from freehold.errors import ConfigError, Unavailable
+from freehold.gateway import store_sqlite
+from freehold.gateway.records import day_of
+from freehold.gateway.store import STUCK_SECONDS
+from freehold.gateway.store_sqlite import FILE, SqliteStore
+from tests.source_checks import ROOT
+from tests.unit.gateway.ledger_rows import row
+
+WINDOW = 0.2  # seconds: what was appended before that is on disk, whatever happens
+
+# Appends rows with a cost and a reservation each, some of which it settles, and says when it has appended which row.
+VICTIM = """
+import asyncio, sys, time
+from pathlib import Path
+from freehold.gateway.records import Reservation, day_of
+from freehold.gateway.store_sqlite import SqliteStore
+from tests.unit.gateway.ledger_rows import row
+
+async def main():
+    at = float(sys.argv[3])
+    store = SqliteStore(Path(sys.argv[1]), serving=True)
+    await store.start()
+    number = 0
+    while True:
+        for _ in range(20):
+            name = f"{sys.argv[2]}-{number}"
+            store.reserve(Reservation(name, ("key:k",), day_of(at), 1000, at))
+            store.append(row(row_id=name, request_id=name, at=at, cost=7))
+            if number % 10:
+                store.release(name)
+            number += 1
+        sys.stdout.write(f"{time.monotonic()} {number}\\n")
+        sys.stdout.flush()
+        await asyncio.sleep(0.002)
+
+asyncio.run(main())
+"""
+
+
+async def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "data"
+    store = SqliteStore(folder, serving=True)
+    await store.start()
+    store.append(row())
+    await store.flush()
+    await store.secret("identity")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert set(files) == {FILE, f"{FILE}-wal", f"{FILE}-shm", "gateway.lock", "identity.key"}
+    assert set(files.values()) == {0o600}
+    await store.stop()
+
+
+async def test_a_database_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
+    (tmp_path / FILE).touch(0o644)
+    store = SqliteStore(tmp_path)
+    await store.start()
+    await store.stop()
+    assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+
+
+async def test_two_gateways_cannot_have_one_folder_but_commands_can(tmp_path: Path) -> None:
+    gateway = SqliteStore(tmp_path, serving=True)
+    await gateway.start()
+    with pytest.raises(ConfigError, match="another gateway"):
+        await SqliteStore(tmp_path, serving=True).start()
+    command = SqliteStore(tmp_path)
+    await command.start()
+    await command.record("config", "s", {}, "me")
+    await command.stop()
+    await gateway.stop()
+    again = SqliteStore(tmp_path, serving=True)
+    await again.start()
+    await again.stop()
+
+
+async def test_what_is_no_database_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("This is no database. " * 100)
+    with pytest.raises(ConfigError, match=FILE):
+        await SqliteStore(tmp_path).start()
+    (tmp_path / "identity.key").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="damaged"):
+        await SqliteStore(tmp_path).secret("identity")
+
+
+async def test_a_locked_database_is_trouble_until_it_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_sqlite, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(store_sqlite, "RETRY_SECONDS", 0.01)
+    store = SqliteStore(tmp_path, flush_seconds=0.01)
+    await store.start()
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    store.append(row(row_id="1"))
+    with pytest.raises(Unavailable, match="locked"):
+        await store.flush()
+    assert "locked" in store.trouble
+    store.append(row(row_id="2"))
+    other.execute("ROLLBACK")
+    other.close()
+    until = time.monotonic() + 5
+    while store.trouble and time.monotonic() < until:
+        await asyncio.sleep(0.01)
+    await store.flush()
+    assert [each.row_id async for each in store.rows()] == ["1", "2"]
+    await store.stop()
+
+
+async def test_stopping_over_a_database_that_cannot_be_written_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_sqlite, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(store_sqlite, "RETRY_SECONDS", 0.01)
+    store = SqliteStore(tmp_path, flush_seconds=0.01)
+    await store.start()
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    store.append(row())
+    with pytest.raises(Unavailable, match="last calls are not in it"):
+        await store.stop()
+    other.close()
+
+
+async def test_a_write_that_hangs_is_trouble(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    store._writing_since = time.monotonic() - STUCK_SECONDS - 1
+    assert "writing for 6 s" in store.trouble
+    store._writing_since = time.monotonic()
+    assert store.trouble == ""
+
+
+def killed_once(folder: Path, run: int, at: float, rng: random.Random) -> int:
+    """Start the victim, kill it at a random moment, and return how many rows were appended `WINDOW` before."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", VICTIM, str(folder), f"run{run}", str(at)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True) as victim:
+        assert victim.stdout is not None
+        first = victim.stdout.readline()
+        assert first, "the victim did not start"
+        time.sleep(rng.uniform(0.0, 0.6))
+        victim.kill()
+        killed = time.monotonic()
+        said = [line.split() for line in (first, *victim.stdout) if line.endswith("\n") and line.count(" ") == 1]
+    return max((int(number) for at, number in said if float(at) < killed - WINDOW), default=0)
+
+
+async def look_after_a_kill(folder: Path, run: int, at: float, owed: int) -> int:
+    """Check that nothing owed is lost and that money adds up. Returns how many rows there are."""
+    with sqlite3.connect(folder / FILE) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    connection.close()
+    store = SqliteStore(folder)
+    await store.start()
+    rows = [each async for each in store.rows()]
+    mine = {each.row_id for each in rows if each.row_id.startswith(f"run{run}-")}
+    missing = [number for number in range(owed) if f"run{run}-{number}" not in mine]
+    assert not missing, f"{len(missing)} rows older than {WINDOW} s were lost"
+    (usage,) = await store.usage(day_of(at))
+    held = {name for (name,) in await store.fetch("SELECT id FROM reservations")}
+    assert usage.spent == sum(each.cost or 0 for each in rows)
+    assert usage.reserved == 1000 * len(held)
+    # What was settled before the kill holds nothing; what was not still does.
+    for each in rows:
+        if int(each.row_id.partition("-")[2]) % 10 == 0:
+            assert each.row_id in held
+    # A row and its release may fall into two batches: only the last row may be in both.
+    settled = {name for name in held if int(name.partition("-")[2]) % 10} & {each.row_id for each in rows}
+    assert len(settled) <= run + 1
+    await store.stop()
+    return len(rows)
+
+
+def kill_again_and_again(folder: Path, times: int) -> None:
+    rng = random.Random(7)
+    rows, at = 0, time.time()
+    for run in range(times):
+        owed = killed_once(folder, run, at, rng)
+        rows_now = asyncio.run(look_after_a_kill(folder, run, at, owed))
+        assert rows_now >= rows + owed
+        rows = rows_now
+    assert rows > 0
+
+
+def test_killed_at_any_moment_it_loses_no_more_than_its_window(tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path, 5)
+
+
+@pytest.mark.nightly
+def test_killed_fifty_times_it_loses_no_more_than_its_window(tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path, 50)
