@@ -7,13 +7,15 @@ from collections.abc import Mapping
 
 from freehold.gateway.admission import open_admission
 from freehold.gateway.call import Request, Target
+from freehold.gateway.canaries import Canaries
+from freehold.gateway.canary_record import Record
 from freehold.gateway.config import Settings, Upstream
 from freehold.gateway.keys import Keys
 from freehold.gateway.metrics import GatewayMetrics
 from freehold.gateway.parts import Parts, Replica
-from freehold.gateway.route import FirstSteps
 from freehold.gateway.router import Router
-from freehold.gateway.store import open_store
+from freehold.gateway.store import Store, _row, open_store
+from freehold.gateway.transactions import QUOTED
 from freehold.gateway.upstream import _headers, read_key
 from freehold.ledger import Note, Row
 
@@ -44,13 +46,46 @@ def _auth(name: str, upstream: Upstream) -> Mapping[str, str]:
     return _headers(upstream, read_key(name, upstream))
 
 
+class _Ledger:
+    """A canary's view of the SQLite store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def rows(self, experiment: str, after: int) -> list[tuple[int, Row]]:
+        found = await self._store.fetch(
+            f"SELECT rowid, {QUOTED} FROM calls WHERE experiment = $1 AND rowid > $2 ORDER BY rowid LIMIT 2000",
+            (experiment, after),
+        )
+        return [(values[0], _row(values[1:])) for values in found]
+
+    async def notes(self, experiment: str, after: int) -> list[tuple[int, Note]]:
+        names = ", ".join(f"notes.{name}" for name in Note.__struct_fields__)
+        found = await self._store.fetch(
+            f"SELECT notes.rowid, {names} FROM notes WHERE row_id IN (SELECT row_id FROM calls WHERE experiment = $1) "
+            "AND notes.rowid > $2 ORDER BY notes.rowid LIMIT 2000",
+            (experiment, after),
+        )
+        return [(values[0], Note(**dict(zip(Note.__struct_fields__, values[1:], strict=True)))) for values in found]
+
+    async def records(self, experiment: str) -> list[Record]:
+        return [Record.decode(each.record["record"]) for each in await self._store.decisions(experiment)]
+
+    async def add(self, record: Record) -> None:
+        decision = {"record": record.encode().decode()}
+        await self._store.put_experiment(record.experiment, {}, expected=record.number, decision=decision)
+
+    async def leads(self, experiment: str) -> bool:
+        return True
+
+
 async def build_parts(settings: Settings) -> Parts:
     """The parts of a gateway with these settings, none of them started. Raises ConfigError."""
     store = open_store(settings, serving=True)
     await store.start()
     keys = Keys(settings)
     await keys.follow(store)
-    experiments = FirstSteps(settings)
+    experiments = Canaries(_Ledger(store), settings)
     router = _Router(settings, await store.secret("assign"), experiments, _auth)
     admission = await open_admission(store, settings, time.time())
     metrics = GatewayMetrics()
@@ -60,7 +95,7 @@ async def build_parts(settings: Settings) -> Parts:
         admission=admission,
         store=_Started(store),
         observers=(metrics, router.learn),
-        routes={"GET /metrics": metrics.route},
-        configured=(keys, router, admission),
-        background=(router.run,),
+        routes={"GET /metrics": metrics.route, **experiments.routes()},
+        configured=(keys, experiments, router, admission),
+        background=(router.run, experiments.run),
     )
