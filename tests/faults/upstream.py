@@ -274,7 +274,7 @@ class Connection(asyncio.Protocol):
         script = self.upstream.script(name)
         try:
             asked = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.simple(400, wire.dumps({"error": {"message": "not JSON"}}))
             return
         limit = asked.get("max_completion_tokens") or asked.get("max_tokens") or asked.get("max_output_tokens")
