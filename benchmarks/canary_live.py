@@ -88,7 +88,8 @@ QUICK = ("healthy engine", "http errors", "cut streams")
 @contextmanager
 def engine(*options: str) -> Iterator[str]:
     """A simulated engine; yields its base URL."""
-    command = [sys.executable, "-m", "freehold.cli.main", "serve", "--sim", "--port", "0", *options]
+    command = [sys.executable, "-m", "freehold.cli.main", "serve", "--sim", "--port", "0"]
+    command += ["--served-model-name", "model", *options]
     with Process(command, env=environment()) as process:
         while True:
             line = process.line(60)
@@ -259,7 +260,7 @@ def main() -> int:
             with ExitStack() as stack:
                 if case.kind == "sim":
                     urls = (stack.enter_context(engine()), stack.enter_context(engine(*case.options)))
-                    model = "sim"
+                    model = "model"
                 else:
                     urls, model = faulty(up, case), "model"
                 run_case(report, case, Path(directory) / str(number), urls, model, args.seconds)

@@ -15,6 +15,7 @@ from freehold.gateway.metrics import GatewayMetrics
 from freehold.gateway.parts import Parts, Replica
 from freehold.gateway.router import Router
 from freehold.gateway.store import Store, _row, open_store
+from freehold.gateway.telemetry import exporting
 from freehold.gateway.transactions import QUOTED
 from freehold.gateway.upstream import _headers, read_key
 from freehold.ledger import Note, Row
@@ -89,12 +90,14 @@ async def build_parts(settings: Settings) -> Parts:
     router = _Router(settings, await store.secret("assign"), experiments, _auth)
     admission = await open_admission(store, settings, time.time())
     metrics = GatewayMetrics()
+    spans = [exporting(settings.telemetry.endpoint)] if settings.telemetry.endpoint else []
     return Parts(
         keys=keys,
         router=router,
         admission=admission,
         store=_Started(store),
-        observers=(metrics, router.learn),
+        observers=(metrics, router.learn, *spans),
+        samplers=tuple(spans),
         routes={"GET /metrics": metrics.route, **experiments.routes()},
         configured=(keys, experiments, router, admission),
         background=(router.run, experiments.run),

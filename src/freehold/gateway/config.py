@@ -296,6 +296,14 @@ class Team(Section):
     budget_per_day: Dollars | None = None
 
 
+class Telemetry(Section):
+    """OpenTelemetry; needs the extra `otel`."""
+
+    endpoint: Annotated[str, Field(pattern=r"^(https?://[^@?#]+)?$")] = Field(
+        default="", description="Where spans go, by OTLP over HTTP: http://127.0.0.1:4318/v1/traces. Empty: none."
+    )
+
+
 class Settings(Section):
     """The whole file."""
 
@@ -309,6 +317,7 @@ class Settings(Section):
     experiments: dict[Name, Experiment] = Field(default_factory=dict)
     keys: dict[Name, Key] = Field(default_factory=dict)
     teams: dict[Name, Team] = Field(default_factory=dict)
+    telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:

@@ -299,7 +299,9 @@ class Exchange:
                     return self._failed_at_once()
                 if translate is not None:
                     out = translate.feed(out)
-                if not self._has_data:  # comments and other lines are no answer yet: another upstream can still give one
+                if (
+                    not self._has_data
+                ):  # comments and other lines are no answer yet: another upstream can still give one
                     held += out
                     if len(held) > _MAX_PRELUDE_BYTES:
                         raise NotAStream("a stream was asked for, and what came has no event")
