@@ -90,7 +90,7 @@ def attributes(row: Row) -> dict[str, Any]:
 
 
 class Telemetry:
-    """An `Observer` of rows, and a `Sampler` for the trace that a call belongs to. provider: whoever makes and exports spans; see `exporting`."""
+    """An `Observer` of rows, and a `Sampler` for the trace that a call belongs to. provider: see `exporting`."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
