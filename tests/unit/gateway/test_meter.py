@@ -143,7 +143,7 @@ def test_text_is_kept_only_for_samplers() -> None:
 
 @given(st.text(alphabet="ab ", min_size=1, max_size=120), st.integers(0, 119))
 def test_whatever_repeats_is_looping(period: str, cut: int) -> None:
-    assert is_looping((period * 700)[cut : cut + 600])
+    assert is_looping((period * 800)[cut : cut + 600])
 
 
 def test_what_ends_in_a_repetition_but_began_otherwise_is_not() -> None:
