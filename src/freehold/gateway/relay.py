@@ -15,10 +15,11 @@ from freehold.errors import FreeholdError, InvalidRequest, Unavailable, Upstream
 from freehold.gateway.attempt import Attempt, Failed
 from freehold.gateway.call import Decision, Request, Target
 from freehold.gateway.config import Settings, Upstream
+from freehold.gateway.outbound import Broken
 from freehold.gateway.parts import Header, Parts, Sampler
 from freehold.gateway.reply import error_event
 from freehold.gateway.sse import NotAStream, Splitter, data_of
-from freehold.gateway.upstream import Answered, Broken, TooMuch, Upstreams
+from freehold.gateway.upstream import Answered, TooMuch, Upstreams
 from freehold.gateway.watch import Watch
 from freehold.gateway.wire import Wire, wire_for
 from freehold.ledger import ErrorClass, Row
