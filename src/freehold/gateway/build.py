@@ -17,7 +17,7 @@ from freehold.gateway.router import Router
 from freehold.gateway.store import Store, _row, open_store
 from freehold.gateway.telemetry import exporting
 from freehold.gateway.transactions import QUOTED
-from freehold.gateway.upstream import _headers, read_key
+from freehold.gateway.upstream import read_key
 from freehold.ledger import Note, Row
 
 
@@ -44,7 +44,10 @@ class _Started:
 
 
 def _auth(name: str, upstream: Upstream) -> Mapping[str, str]:
-    return _headers(upstream, read_key(name, upstream))
+    key = read_key(name, upstream)
+    if not key or upstream.auth == "none":
+        return {}
+    return {"authorization": f"Bearer {key}"} if upstream.auth == "bearer" else {"x-api-key": key}
 
 
 class _Ledger:
