@@ -242,6 +242,10 @@ def run_case(report: Report, case: Case, directory: Path, urls: tuple[str, str],
         status = asyncio.run(until_decided(gateway, users, seconds))
         took = time.monotonic() - start
         rows = [row for row in gateway.rows() if not row["shadow_of"]]
+    log = gateway.log_text()
+    if "Traceback" in log:
+        print(log[log.index("Traceback") :][:3000])
+    report.bar(f"{case.name}: tracebacks in what the gateway wrote", log.count("Traceback"), "==", 0)
     if "now" not in status:
         report.missing(f"{case.name}: a status of the experiment: {status}")
         return
