@@ -245,7 +245,7 @@ class Window:
         return True
 
     def note(self, note: Note, arm: int | None, unit: str) -> None:
-        """Count a late fact about a row that was counted for an arm (0: control, 1: canary), or about another (None)."""
+        """Count a late fact about a row that was counted for an arm (0: control, 1: canary); None: for no arm."""
         for index, compared in enumerate(self.metrics):
             metric = compared.metric
             if metric.of != note.name:
