@@ -80,7 +80,7 @@ class Canary:
         self._epoch = self._windows = 0  # windows opened; those of them that are not A/A
         self._spoilt = False  # held by a look: what the window has is not to be trusted
         self._begun: dict[str, int] = {}  # conversation -> epoch it began in; -1: before the window opened
-        self._known: dict[str, tuple[int, int, str]] = {}  # row -> epoch, arm, unit
+        self._known: dict[str, tuple[int, int | None, str]] = {}  # row -> epoch, arm if it was counted, unit
         self._open(at)
         self._record(at, "start", settings=experiment.model_dump_json())
 
@@ -113,7 +113,10 @@ class Canary:
         if self.state in OVER or not self._compared(row):
             return
         before = self.window.requests[1]
-        self.window.add(row)
+        counted = self.window.add(row)
+        if self._takes_notes:
+            arm = int(row.arm == self.experiment.canary) if counted else None
+            self._known[row.row_id] = (self._epoch, arm, row.unit)
         count = self.window.requests[1]
         if count > before and (count % LOOK == 0 or count in EARLY_LOOKS):
             self.look(at)
@@ -222,7 +225,7 @@ class Canary:
         requests, units = self.window.requests, self.window.units
         changed = (state, step) != (self.state, self.step)
         fresh = step != self.step or (self._aa and state == "ramping") or (self._spoilt and state in ("aa", "ramping"))
-        self._spoilt = state == "hold" and (self._spoilt or kind == "look")
+        self._spoilt = state == "hold" and (self._spoilt or (kind == "look" and changed))
         if fresh:
             self._requests = self.requests
             self._aa = state == "aa"
@@ -257,11 +260,7 @@ class Canary:
         epoch = self._epoch if settled else -1
         if row.conversation:
             epoch = self._begun.setdefault(row.conversation, epoch)
-        if epoch != self._epoch:
-            return False
-        if self._takes_notes:
-            self._known[row.row_id] = (epoch, int(row.arm == self.experiment.canary), row.unit)
-        return True
+        return epoch == self._epoch
 
     def _record(self, at: float, kind: Literal["start", "look", "command"], **more: Any) -> None:
         self.last = Record(

@@ -99,9 +99,8 @@ def _quantile(compared: Compared, margin: float, alpha_worse: float, alpha_fine:
     low = canary.lower(level, (1 - FOR_CONTROL) * alpha_worse, design) / control.upper(
         level, FOR_CONTROL * alpha_worse, design
     )
-    high = canary.upper(level, (1 - FOR_CONTROL) * alpha_fine, design) / control.lower(
-        level, FOR_CONTROL * alpha_fine, design
-    )
+    base = control.lower(level, FOR_CONTROL * alpha_fine, design)
+    high = canary.upper(level, (1 - FOR_CONTROL) * alpha_fine, design) / base if base else math.inf
     middle = canary.quantile(level) / control.quantile(level)
 
     effect = Interval(middle - 1.0, low - 1.0, high - 1.0)

@@ -244,13 +244,13 @@ class Window:
                 self._move(compared, arm, unit, 2 * index, *counted)
         return True
 
-    def note(self, note: Note, arm: int, unit: str) -> None:
-        """Count a late fact about a row of an arm (0: control, 1: canary), or about a mirrored one."""
+    def note(self, note: Note, arm: int | None, unit: str) -> None:
+        """Count a late fact about a row that was counted for an arm (0: control, 1: canary); None: for no arm."""
         for index, compared in enumerate(self.metrics):
             metric = compared.metric
             if metric.of != note.name:
                 continue
-            if metric.kind == "score" and unit in self._units[arm]:
+            if metric.kind == "score" and arm is not None:
                 self._move(compared, arm, self._units[arm][unit], 2 * index, 1.0, note.value)
             elif metric.kind == "pairs":
                 self._pair(compared, note, unit)
