@@ -41,7 +41,8 @@ def up() -> Iterator[Upstream]:
 
 @pytest.fixture(scope="module")
 def gateway(up: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    text = upstream_table("one", up.base("one"), more='speaks = ["chat", "completions", "responses", "embeddings"]')
+    speaks = 'speaks = ["chat", "completions", "responses", "embeddings"]'
+    text = upstream_table("one", up.base("one"), more=f"breaker.failures = 100000\n{speaks}")
     text += upstream_table("two", up.base("two")) + alias_table("m", "one") + alias_table("n", "two")
     text += (
         key_table()
@@ -291,7 +292,8 @@ def test_deeply_nested_json_is_refused_and_nothing_falls_over(gateway: Gateway, 
     for field in ("messages", "metadata", "tools", "x"):
         answer = gateway.ask(body=f'{{"model": "m", "{field}": {value}}}'.encode())
         assert answer.status < 500, bytes(answer.body[:300])
-    assert gateway.ask(body=chat()).ok
+    after = gateway.ask(body=chat())
+    assert after.ok, (bytes(after.body), gateway.log_text()[-1500:])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from freehold.errors import ConfigError
@@ -165,9 +166,7 @@ def exporting(endpoint: str, exporter: SpanExporter | None = None) -> Telemetry:
             exporter = OTLPSpanExporter(endpoint=endpoint)
     except ImportError as error:
         raise ConfigError(f"telemetry.endpoint: {error.name} is not installed: {INSTALL}") from None
-    from freehold import __version__
-
-    resource = Resource.create({"service.name": "freehold-gateway", "service.version": __version__})
+    resource = Resource.create({"service.name": "freehold-gateway", "service.version": version("freehold")})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return Telemetry(provider)
