@@ -89,6 +89,9 @@ class SqliteStore(Store):
     async def fetch(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return await asyncio.to_thread(self._read, sql, values)
 
+    async def leads(self, name: str) -> bool:
+        return True  # there is no other gateway on this folder
+
     async def secret(self, name: str) -> bytes:
         return await asyncio.to_thread(self._secret, name)
 
