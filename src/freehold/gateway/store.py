@@ -85,7 +85,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def start(self) -> None:
-        """Connect, bring the schema up to date, begin to write. Raises ConfigError that says what to do."""
+        """Connect, bring the schema up to date, begin to write; if it has not begun yet. Raises ConfigError."""
 
     @abc.abstractmethod
     async def stop(self) -> None:

@@ -54,6 +54,8 @@ class PostgresStore(Store):
 
     async def start(self) -> None:
         """See `Store.start`. Raises MissingExtra's cause if asyncpg is not installed."""
+        if self._pool is not None:
+            return
         self._pg = importlib.import_module("asyncpg")  # an extra: not there for most
         try:
             self._pool = await self._pg.create_pool(

@@ -59,6 +59,8 @@ class SqliteStore(Store):
 
     async def start(self) -> None:
         """See `Store.start`. Raises ConfigError if another gateway has the folder, or the file is no such database."""
+        if self._thread is not None:
+            return
         try:
             connection = await asyncio.to_thread(self._open)
         except (OSError, sqlite3.Error, ValueError) as error:

@@ -14,7 +14,7 @@ from freehold.cli.gateway_store import moment
 from freehold.cli.main import main
 from freehold.errors import InvalidRequest
 from freehold.gateway.keys import Keys, digest_of
-from freehold.gateway.records import Reservation, day_of
+from freehold.gateway.records import KeyRecord, Reservation, day_of
 from freehold.gateway.store_sqlite import SqliteStore
 from tests.unit.gateway.ledger_rows import row
 from tests.unit.gateway.settings_text import SETTINGS, settings
@@ -45,7 +45,7 @@ def fill(tmp_path: Path) -> None:
         for n in range(20):
             store.append(
                 row(
-                    at=now - n,
+                    at=now - n / 1000,
                     request_id=f"r{n}",
                     prompt_name="summarise",
                     prompt_version=str(n // 10),
@@ -86,7 +86,7 @@ def test_a_key_is_made_works_and_is_revoked(run: Run, tmp_path: Path) -> None:
     assert "a name has" in run("gateway key new a'b", fails=2)
 
 
-async def _keys(tmp_path: Path) -> list:
+async def _keys(tmp_path: Path) -> list[KeyRecord]:
     store = SqliteStore(tmp_path / "data")
     await store.start()
     found = await store.keys()
@@ -111,7 +111,7 @@ def test_costs_tokens_and_budgets_are_told(run: Run, tmp_path: Path) -> None:
     lines = run("ledger cost --since 7d").splitlines()
     assert lines[0].split()[:3] == ["prompt_name", "prompt_version", "requests"]
     assert [line.split()[0:3] for line in lines[1:]] == [["summarise", "0", "10"], ["summarise", "1", "10"]]
-    assert lines[1].endswith("$10.00    $1.00")
+    assert lines[1].split()[-2:] == ["$10.00", "$1.00"]
     assert len(json.loads(run("ledger cost --by prompt_name --json"))) == 2
     told = json.loads(run("ledger tokens --json --only prompt_name=summarise"))
     assert told == [
@@ -119,7 +119,7 @@ def test_costs_tokens_and_budgets_are_told(run: Run, tmp_path: Path) -> None:
     ]
     assert "mean" in run("ledger tokens --count output_tokens")
     spent = json.loads(run("ledger budgets --json"))
-    assert spent["team:search"] == {"spent": 20_000_000, "reserved": 0, "budget": 500_000} or time.gmtime().tm_hour == 0
+    assert spent["team:search"] == {"spent": 20_000_000, "reserved": 0, "budget": 500_000}
     assert spent["key:k"]["reserved"] == 500_000
     assert "$0.50" in run("ledger budgets")
     assert run("ledger release --silent-for 0m").startswith("1 reservation")

@@ -21,7 +21,7 @@ NONE = Decision(())
 
 
 def without_mail(text: str) -> str:
-    return re.sub(r"\S+@\S+?(?=\W*$)", "[mail]", text)
+    return re.sub(r"[\w.]+@[\w.]+", "[mail]", text)
 
 
 def failing(text: str) -> str:
@@ -45,10 +45,7 @@ async def test_a_share_of_the_texts_is_kept_redacted(store: Store) -> None:
     assert redacting.wants(REQUEST, NONE)
     redacting.take(REQUEST, row(row_id="1"), "write to bob@example.org")
     await store.flush()
-    assert await store.fetch("SELECT * FROM texts") == [("1", NOON, '{"mail":"[mail]"}', "write to [mail]")] or (
-        "ann@" not in str(await store.fetch("SELECT * FROM texts"))
-    )
-    assert "bob@" not in str(await store.fetch("SELECT * FROM texts"))
+    assert await store.fetch("SELECT * FROM texts") == [("1", NOON, '{"mail":"[mail]"}', "write to [mail]")]
 
 
 @pytest.mark.parametrize("hook", ["failing", "silent"])
