@@ -6,6 +6,7 @@ Calls of models take the short way (`_call`); everything else, which is rare, is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -26,7 +27,7 @@ from freehold.errors import (
     TooLarge,
     Unavailable,
 )
-from freehold.gateway.call import Caller, Endpoint
+from freehold.gateway.call import Caller, Decision, Endpoint, Request, Target
 from freehold.gateway.config import Settings
 from freehold.gateway.identity import new_id
 from freehold.gateway.parts import Answer, Asked, Handler, Header, Parts, Routes
@@ -46,6 +47,7 @@ CALLS: Final[Mapping[str, Endpoint]] = {
     "/v1/messages": "messages",
     "/v1/embeddings": "embeddings",
 }
+MAX_MIRRORS: Final = 64  # at once
 BODY_SECONDS: Final = 30.0  # for a body to arrive, once its headers have
 _CREDENTIALS: Final = frozenset((b"authorization", b"x-api-key", b"cookie", b"proxy-authorization"))
 
@@ -73,6 +75,7 @@ class Door:
         self.draining = False
         self.ready = True
         self.calls: set[Call] = set()
+        self._mirrors: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Event | None = None
         self._settings = settings
         self._parts = parts
@@ -90,6 +93,13 @@ class Door:
         if self.calls:
             self._idle = asyncio.Event()
             await self._idle.wait()
+
+    async def close(self) -> None:
+        """End the copies for shadows that are still running."""
+        for task in self._mirrors:
+            task.cancel()
+        if self._mirrors:
+            await asyncio.wait(self._mirrors)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -125,10 +135,31 @@ class Door:
                 if self._idle is not None and not self.calls:
                     self._idle.set()
                 self._parts.admission.settle(ticket, call.rows)
+            if decision.shadow is not None and call.answered is not None:
+                self._mirror(request, decision, decision.shadow, call)
         except ClientLeft:
             pass
         except Exception as error:
             await self._refuse(send, error, endpoint, request_id, own)
+
+    def _mirror(self, request: Request, decision: Decision, shadow: Target, real: Call) -> None:
+        """Ask the shadow what the client asked, and throw its answer away. Too many at once: not this one."""
+        if self.draining or len(self._mirrors) >= MAX_MIRRORS or real.answered is None:
+            return
+        copy = Decision((shadow,), experiment=decision.experiment, arm=shadow.arm, why="shadow")
+        call = Call(
+            request,
+            copy,
+            self._settings,
+            self._parts,
+            self._upstreams,
+            _discard,
+            shadow_of=real.answered.row_id,
+            samplers=real.samplers,
+        )
+        task = asyncio.create_task(_run_mirror(call))
+        self._mirrors.add(task)
+        task.add_done_callback(self._mirrors.discard)
 
     def _caller(self, headers: Mapping[str, str], token: str, scope: str) -> Caller:
         """Raises AuthenticationFailed, PermissionDenied."""
@@ -327,6 +358,21 @@ async def _rest_of_body(message: MutableMapping[str, Any], receive: Receive, mos
         if len(body) > most:
             raise TooLarge(f"the body is larger than the limit of {most} bytes")
     return bytes(body)
+
+
+async def _discard(message: MutableMapping[str, Any]) -> None:
+    """Where the answers of shadows go."""
+
+
+async def _never() -> MutableMapping[str, Any]:
+    """There is no client who could leave."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def _run_mirror(call: Call) -> None:
+    with contextlib.suppress(FreeholdError):  # its row says what went wrong
+        await call.run(_never, ())
 
 
 async def respond(send: Send, answer: Answer) -> None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from freehold.errors import FreeholdError
-from freehold.gateway.call import Decision, Price, Request, Target
+from freehold.gateway.call import Decision, Endpoint, Price, Request, Target
 from freehold.gateway.config import Upstream
 from freehold.gateway.identity import new_id
 from freehold.gateway.meter import Meter
@@ -33,7 +33,10 @@ class Failed:
 
 
 class Attempt:
-    """Filled while it runs; `row` at the end. Times of `time.perf_counter()`."""
+    """Filled while it runs; `row` at the end. Times of `time.perf_counter()`.
+
+    speaks: the API in which the upstream is asked. keep_text: for samplers. shadow_of: the row of the real one.
+    """
 
     __slots__ = (
         "decision",
@@ -59,6 +62,7 @@ class Attempt:
         upstream: Upstream,
         replica: str,
         number: int,
+        speaks: Endpoint,
         *,
         keep_text: bool = False,
         shadow_of: str = "",
@@ -72,7 +76,7 @@ class Attempt:
         self.shadow_of = shadow_of
         self.row_id = new_id()
         self.started = time.perf_counter()
-        self.meter = Meter(request.endpoint, self.started, keep_text=keep_text)
+        self.meter = Meter(speaks, self.started, keep_text=keep_text)
         self.status = 0
         self.error: ErrorClass = ""
         self.delivered = 0  # output tokens that went to the client

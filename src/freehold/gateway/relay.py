@@ -14,14 +14,15 @@ from typing import Any, Final, TypeAlias
 from freehold.errors import FreeholdError, InvalidRequest, Unavailable, UpstreamFailed, UpstreamTimeout
 from freehold.gateway.attempt import Attempt, Failed
 from freehold.gateway.call import Decision, Request, Target
-from freehold.gateway.config import Settings
-from freehold.gateway.parts import Header, Parts
+from freehold.gateway.config import Settings, Upstream
+from freehold.gateway.outbound import Broken
+from freehold.gateway.parts import Header, Parts, Sampler
 from freehold.gateway.reply import error_event
 from freehold.gateway.sse import NotAStream, Splitter, data_of
-from freehold.gateway.upstream import Answered, Broken, TooMuch, Upstreams
+from freehold.gateway.upstream import Answered, TooMuch, Upstreams
 from freehold.gateway.watch import Watch
 from freehold.gateway.wire import Wire, wire_for
-from freehold.ledger import FAILURES, Row
+from freehold.ledger import ErrorClass, Row
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -31,14 +32,28 @@ _MAX_ERROR_BYTES: Final = 1 << 20
 _AFTER_END: Final = 1.0  # seconds that an upstream has to close its answer after the last event
 # Of the upstream's doing, or of ours towards it: the client's request may well succeed elsewhere.
 _ELSEWHERE: Final = frozenset((401, 402, 403, 404, 405, 407, 408, 409, 421, 425, 429))
+# What tells of an upstream's health; whether an answer is any good tells of the model's.
+_FAULTS: Final = frozenset(("http", "connect", "timeout", "cut", "invalid"))
 _OURS: Final = frozenset((401, 402, 403, 407))  # between gateway and upstream: not to be shown to the client
 
 
 class Call:
-    """One request on its way. Made for each; `run` it once."""
+    """One request on its way. Made for each; `run` it once.
+
+    shadow_of: the row of the real call, of which this is a copy. samplers: those that wanted the real call.
+    """
 
     def __init__(
-        self, request: Request, decision: Decision, settings: Settings, parts: Parts, upstreams: Upstreams, send: Send
+        self,
+        request: Request,
+        decision: Decision,
+        settings: Settings,
+        parts: Parts,
+        upstreams: Upstreams,
+        send: Send,
+        *,
+        shadow_of: str = "",
+        samplers: tuple[Sampler, ...] | None = None,
     ) -> None:
         self.rows: list[Row] = []
         self.answered: Attempt | None = None  # the one whose bytes the client got
@@ -52,7 +67,10 @@ class Call:
         self._gone = False
         self._stopping = False
         self._number = 0
-        self._samplers = tuple(each for each in parts.samplers if each.wants(request, decision))
+        self._shadow_of = shadow_of
+        if samplers is None:
+            samplers = tuple(each for each in parts.samplers if each.wants(request, decision))
+        self.samplers = samplers
 
     async def run(self, receive: Receive, headers: tuple[Header, ...]) -> None:
         """Answer the client. headers: for the answer. Raises FreeholdError if the client has had nothing yet."""
@@ -83,38 +101,65 @@ class Call:
             if wire is None:
                 failed = failed or _does_not_speak(self._request, target)
                 continue
-            avoid: frozenset[str] = frozenset()
-            for _ in range(2):  # a connection that failed says little about the request: once more, elsewhere if may be
-                if self._gone:
-                    return
-                if self._stopping:
-                    raise Unavailable("the gateway is stopping", retry_after=1)
-                try:
-                    replica = self._parts.router.choose(target, self._request, avoid)
-                except FreeholdError as error:
-                    failed = failed or Failed(error, "connect")
-                    break
-                ok = False
-                try:
-                    attempt = Attempt(
-                        self._request, self._decision, target, upstream, replica.url, self._number,
-                        keep_text=bool(self._samplers),
-                    )  # fmt: skip
-                    self._number += 1
-                    outcome = await self._attempt(attempt, wire, headers)
-                    ok = attempt.error not in FAILURES or (outcome is not None and outcome.final)
-                finally:
-                    self._parts.router.done(replica, ok)
-                if outcome is None:
-                    return
-                failed = outcome
-                if outcome.kind != "connect":
-                    break
-                avoid |= {replica.url}
-            if failed is not None and failed.final:
+            try:
+                body = wire.body(self._request, target, self._limit(), upstream.engine)
+            except InvalidRequest as error:
+                failed = failed or Failed(error, "refused_here")
+                continue
+            outcome = await self._try(target, upstream, wire, body, headers)
+            if outcome is None:
+                return
+            failed = outcome
+            if outcome.final:
                 break
         assert failed is not None  # a decision has targets
         await self._refuse(failed, headers)
+
+    async def _try(
+        self, target: Target, upstream: Upstream, wire: Wire, body: bytes, headers: tuple[Header, ...]
+    ) -> Failed | None:
+        """One target: once, and after a connection that failed once more, elsewhere if there is an elsewhere. None: the
+        client has its answer, or is gone."""
+        avoid: frozenset[str] = frozenset()
+        failed: Failed | None = None
+        for _ in range(2):
+            if self._gone:
+                return None
+            if self._stopping:
+                raise Unavailable("the gateway is stopping", retry_after=1)
+            try:
+                replica = self._parts.router.choose(target, self._request, avoid)
+            except FreeholdError as error:
+                return failed or Failed(error, "connect")
+            ok = False
+            try:
+                attempt = Attempt(
+                    self._request,
+                    self._decision,
+                    target,
+                    upstream,
+                    replica.url,
+                    self._number,
+                    wire.endpoint,
+                    keep_text=bool(self.samplers),
+                    shadow_of=self._shadow_of,
+                )
+                self._number += 1
+                failed = await self._attempt(attempt, wire, body, headers)
+                ok = attempt.error not in _FAULTS or (failed is not None and failed.final)
+            finally:
+                self._parts.router.done(replica, ok)
+            if failed is None or failed.kind != "connect":
+                return failed
+            avoid |= {replica.url}
+        return failed
+
+    def _limit(self) -> int | None:
+        """The alias's limit of output tokens, if the settings name one."""
+        model = self._settings.models.get(self._request.alias)
+        if model is None or "max_output_tokens" not in model.model_fields_set:
+            return None
+        return model.max_output_tokens
 
     async def _refuse(self, failed: Failed, headers: tuple[Header, ...]) -> None:
         if failed.body is None:
@@ -123,14 +168,19 @@ class Call:
         start = {
             "type": "http.response.start",
             "status": failed.status,
-            "headers": [(b"content-type", failed.content_type.encode("latin-1")), *headers, *failed.headers],
+            "headers": [
+                (b"content-type", failed.content_type.encode("latin-1")),
+                (b"content-length", b"%d" % len(body)),
+                *headers,
+                *failed.headers,
+            ],
         }
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
     # ---- one attempt -------------------------------------------------------------------------------------------
 
-    async def _attempt(self, attempt: Attempt, wire: Wire, headers: tuple[Header, ...]) -> Failed | None:
+    async def _attempt(self, attempt: Attempt, wire: Wire, body: bytes, headers: tuple[Header, ...]) -> Failed | None:
         """None: the client has its answer, whole or broken off, or is gone. Otherwise it has had nothing."""
         times = attempt.upstream.timeouts
         watch = self._watch = Watch(min(times.first_byte, times.between_chunks, times.total))
@@ -141,7 +191,7 @@ class Call:
         try:
             if self._gone:
                 watch.interrupt("client_gone")
-            answer = await self._open(attempt, wire)
+            answer = await self._open(attempt, wire, body)
             attempt.status = answer.status
             if answer.status != 200:
                 failed = await self._error_of(attempt, answer, wire)
@@ -155,7 +205,7 @@ class Call:
                 raise
             failed = await exchange.interrupted(watch.why or "timeout")
         except Broken as error:
-            kind = "connect" if error.before_answer else "cut"
+            kind: ErrorClass = "connect" if error.before_answer else "cut"
             failed = await exchange.broke(kind, UpstreamFailed(f"{attempt.target.upstream}: {error}"))
         except (ValueError, NotAStream, TooMuch) as error:
             failed = await exchange.broke("invalid", UpstreamFailed(f"{attempt.target.upstream}: {error}"))
@@ -167,22 +217,15 @@ class Call:
             self._record(attempt, exchange)
         return failed
 
-    async def _open(self, attempt: Attempt, wire: Wire) -> Answered:
-        request, target = self._request, attempt.target
+    async def _open(self, attempt: Attempt, wire: Wire, body: bytes) -> Answered:
         return await self._upstreams.post(
-            target.upstream,
+            attempt.target.upstream,
             attempt.replica + wire.path,
-            wire.body(request, target, self._limit(request.alias), attempt.upstream.engine),
-            request.headers,
-            request.request_id,
+            body,
+            self._request.headers,
+            self._request.request_id,
             messages=wire.endpoint == "messages",
         )
-
-    def _limit(self, alias: str) -> int | None:
-        model = self._settings.models.get(alias)
-        if model is None or "max_output_tokens" not in model.model_fields_set:
-            return None
-        return model.max_output_tokens
 
     async def _error_of(self, attempt: Attempt, answer: Answered, wire: Wire) -> Failed:
         """What an answer that is no 200 means. Only a status that the client can act on is passed on to it."""
@@ -210,7 +253,7 @@ class Call:
         self._parts.store.append(row)
         for observer in self._parts.observers:
             observer(row)
-        for sampler in self._samplers:
+        for sampler in self.samplers:
             sampler.take(self._request, row, attempt.meter.text)
 
 
@@ -231,7 +274,7 @@ class Exchange:
         body = await answer.read(most)
         attempt.meter.whole(body)
         attempt.error = attempt.meter.failure()
-        body = self._wire.whole(body, self._request.alias)
+        body = self._wire.whole(body)
         await self._start(answer, b"application/json", (b"content-length", b"%d" % len(body)))
         await self._send({"type": "http.response.body", "body": body})
         attempt.delivered = attempt.meter.output_tokens or 0
@@ -318,7 +361,7 @@ class Exchange:
             "timeout", UpstreamTimeout(f"{attempt.target.upstream}: silent; given up at {seconds:.1f} s")
         )
 
-    async def broke(self, kind: Any, error: FreeholdError) -> Failed | None:
+    async def broke(self, kind: ErrorClass, error: FreeholdError) -> Failed | None:
         """The answer ends here. A client that has had a part of it is told."""
         self._attempt.error = kind
         if not self.started:

@@ -23,6 +23,7 @@ from freehold.gateway.build import build_parts
 from freehold.gateway.config import Settings, read
 from freehold.gateway.identity import Hasher, read_or_make_key
 from freehold.gateway.listen import event_loop, make_listener
+from freehold.gateway.parts import Parts
 from freehold.gateway.reload import Reloader
 from freehold.gateway.request import RequestReader
 from freehold.gateway.upstream import Upstreams
@@ -67,15 +68,25 @@ async def _main(path: Path, settings: Settings, sock: socket.socket, loopback: b
 
 class Server:
     """One gateway on one event loop, without signal handlers: `serve` adds them, tests do without. It closes the
-    socket."""
+    socket. finish: a last word about the parts, for whoever embeds a gateway."""
 
-    def __init__(self, path: Path, settings: Settings, sock: socket.socket, *, loopback: bool, notice: Notice) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        sock: socket.socket,
+        *,
+        loopback: bool,
+        notice: Notice,
+        finish: Callable[[Settings, Parts], Parts] = lambda _, parts: parts,
+    ) -> None:
         self.is_stopping = False
         self._path = path
         self._settings = settings
         self._socket = sock
         self._loopback = loopback
         self._notice = notice
+        self._finish = finish
         self._stop = asyncio.Event()
         self._reloader: Reloader | None = None
 
@@ -94,7 +105,7 @@ class Server:
         try:
             upstreams.configure(settings)
             hasher = Hasher(read_or_make_key(settings.gateway.data_dir))
-            parts = await build_parts(settings)
+            parts = self._finish(settings, await build_parts(settings))
             await parts.store.start()
             try:
                 door = Door(
@@ -127,6 +138,7 @@ class Server:
         await self._stop.wait()
         await self._drain(door)
         await listener.stop(_CLOSE_SECONDS)
+        await door.close()
 
     async def _drain(self, door: Door) -> None:
         seconds = self._settings.gateway.drain_seconds
