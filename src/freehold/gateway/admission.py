@@ -14,6 +14,7 @@ from freehold.gateway.call import Caller, Decision, Request
 from freehold.gateway.config import Settings
 from freehold.gateway.identity import new_id
 from freehold.gateway.limits import Meter, estimated_tokens, refusal_headers
+from freehold.gateway.parts import Ticket as AnyTicket
 from freehold.gateway.records import Reservation, day_of
 from freehold.gateway.store import Store
 from freehold.gateway.store_postgres import PostgresStore
@@ -93,8 +94,9 @@ class Admission:
                 raise
         return ticket
 
-    def settle(self, ticket: Ticket, rows: Sequence[Row]) -> None:
+    def settle(self, ticket: AnyTicket, rows: Sequence[Row]) -> None:
         """Give back what was not used. rows: the call's, which the store was given before; none if it was not tried."""
+        assert isinstance(ticket, Ticket)
         if ticket.settled:
             return
         ticket.settled = True
