@@ -35,8 +35,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def database(postgres: str) -> str:
     """The address of a new, empty database."""
-    import asyncpg  # type: ignore[import-not-found, unused-ignore]
-
+    asyncpg: Any = pytest.importorskip("asyncpg", reason="needs asyncpg, the extra `postgres`")
     name = f"t{secrets.token_hex(6)}"
 
     async def create() -> None:
