@@ -73,6 +73,7 @@ class SettingsLog:
         self._store = store
         self._before: Settings | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # one after the other, as they came into force
 
     def configure(self, settings: Settings) -> None:
         """Note the settings that are in force from now on; the first ones are those of the start."""
@@ -91,7 +92,8 @@ class SettingsLog:
 
     async def _write(self, detail: dict[str, Any], *, first: bool) -> None:
         try:
-            await self._store.record("config.start" if first else "config.change", "", detail, "gateway")
+            async with self._turn:
+                await self._store.record("config.start" if first else "config.change", "", detail, "gateway")
         except FreeholdError as error:
             _log.error("the audit log has no entry for new settings: %s", error)
 
