@@ -38,7 +38,7 @@ from freehold.cli.errors import run
 
 COMMANDS: Mapping[str, str] = {
     "serve": "Serve a checkpoint behind an OpenAI-compatible API.",
-    "gateway": "One address in front of every engine and API: keys, limits, a row per call, a guarded canary.",
+    "gateway": "One address in front of every engine and API.",
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
