@@ -24,7 +24,7 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The settings, a 
 
 
 def gateway() -> None:
-    """One address in front of every engine and API: keys, limits, a row per call, a guarded canary."""
+    """One address in front of every engine and API."""
 
 
 def run(config: Config) -> None:

@@ -39,7 +39,7 @@ from freehold.cli.errors import run
 
 COMMANDS: Mapping[str, str] = {
     "serve": "Serve a checkpoint behind an OpenAI-compatible API.",
-    "gateway": "One address in front of every engine and API: keys, limits, a row per call, a guarded canary.",
+    "gateway": "One address in front of every engine and API.",
     "ledger": "What the gateway wrote down: costs, tokens, regressions, budgets; export and erasure.",
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
