@@ -41,7 +41,7 @@ By = Annotated[list[str] | None, typer.Option(help="Also model_id, key_id, team,
 
 
 def ledger() -> None:
-    """What the gateway wrote down: costs, tokens, regressions, budgets; export and erasure."""
+    """What the gateway wrote down: costs, tokens, regressions, budgets."""
 
 
 def cost(

@@ -40,7 +40,7 @@ from freehold.cli.errors import run
 COMMANDS: Mapping[str, str] = {
     "serve": "Serve a checkpoint behind an OpenAI-compatible API.",
     "gateway": "One address in front of every engine and API.",
-    "ledger": "What the gateway wrote down: costs, tokens, regressions, budgets; export and erasure.",
+    "ledger": "What the gateway wrote down: costs, tokens, regressions, budgets.",
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
