@@ -32,6 +32,7 @@ A message names the cause and the cure, in one line, without a traceback for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -95,6 +96,7 @@ class TooLarge(FreeholdError):
 
 
 class Overloaded(FreeholdError):
+    headers: Sequence[tuple[bytes, bytes]] = ()  # of the HTTP answer, besides `retry-after`
     status, exit_code, type, code = 429, 5, "rate_limit_error", "queue_full"
 
 

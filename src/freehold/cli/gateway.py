@@ -10,6 +10,13 @@ import typer
 SUBCOMMANDS = {
     "run": ("freehold.cli.gateway", "Serve the gateway of a settings file; `freehold gateway CONFIG` is short for it."),
     "check": ("freehold.cli.gateway", "Check a settings file, and show what it means."),
+    "key": ("freehold.cli.gateway_key", "Keys of the gateway: make, list, revoke."),
+    "key new": ("freehold.cli.gateway_key", "Make a key and show it, once."),
+    "key list": ("freehold.cli.gateway_key", "All keys made by command, and what they may do."),
+    "key revoke": ("freehold.cli.gateway_key", "Revoke a key: within a second it opens nothing."),
+    "audit": ("freehold.cli.gateway_audit", "The log of changes to settings, keys and experiments."),
+    "audit verify": ("freehold.cli.gateway_audit", "Check that nobody changed the log."),
+    "audit show": ("freehold.cli.gateway_audit", "Show the last entries of the log."),
 }
 DEFAULT = "run"
 
@@ -17,7 +24,7 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The settings, a 
 
 
 def gateway() -> None:
-    """One address in front of every engine and API: keys, limits, a row per call, a guarded canary."""
+    """One address in front of every engine and API."""
 
 
 def run(config: Config) -> None:

@@ -16,8 +16,9 @@ To add a command:
     llguidance needs no code either: its `ModuleNotFoundError` becomes the line that installs the extra.
 2.  Add a line to `COMMANDS`. Its summary is the first line of the function's docstring (a test compares them).
     A group of commands, as `train`, is such a function, which does nothing, in a module with a table `SUBCOMMANDS`:
-    name → (module, summary), each with a function of that name. With `RUNS_ALONE = True` its own function does run
-    where no sub-command is named, as `plan`; with `DEFAULT = "run"` that sub-command does, as `gateway`.
+    name → (module, summary), each with a function of that name; a name of two words, as `key new` of `gateway`, is a
+    command (`key_new`) in a group within, which is in the table itself. With `RUNS_ALONE = True` its own function does
+    run where no sub-command is named, as `plan`; with `DEFAULT = "run"` that sub-command does, as `gateway`.
 3.  `make docs`: writes the new options to `tests/golden/cli.txt` and `docs/reference/cli.md`, for review.
 
 Only the command that was asked for is imported: the others stand in the help by their summaries. That keeps
@@ -38,7 +39,8 @@ from freehold.cli.errors import run
 
 COMMANDS: Mapping[str, str] = {
     "serve": "Serve a checkpoint behind an OpenAI-compatible API.",
-    "gateway": "One address in front of every engine and API: keys, limits, a row per call, a guarded canary.",
+    "gateway": "One address in front of every engine and API.",
+    "ledger": "What the gateway wrote down: costs, tokens, regressions, budgets.",
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
@@ -122,22 +124,37 @@ def _group(name: str, table: Mapping[str, tuple[str, str]], wanted: set[str]) ->
     group = _typer(name)
     alone = getattr(importlib.import_module(f"freehold.cli.{_attribute(name)}"), "RUNS_ALONE", False)
     group.callback(invoke_without_command=alone, no_args_is_help=not alone)(load_command(name))
+    inner: dict[str, typer.Typer] = {}
     for within, (_, summary) in table.items():
         words = f"{name} {within}"
-        group.command(within, short_help=summary)(load_command(words) if words in wanted else _unloaded)
+        above, _, last = within.rpartition(" ")
+        function = load_command(words) if words in wanted or _begins(words, wanted) else _unloaded
+        if _begins(within, table):
+            inner[within] = _typer(within)
+            inner[within].callback(invoke_without_command=False, no_args_is_help=True)(function)
+            group.add_typer(inner[within], name=within, short_help=summary)
+        else:
+            (inner[above] if above else group).command(last, short_help=summary)(function)
     return group
 
 
+def _begins(words: str, others: Iterable[str]) -> bool:
+    """Whether it names a group: others begin with it."""
+    return any(other.startswith(f"{words} ") for other in others)
+
+
 def _attribute(name: str) -> str:
-    return name.replace("-", "_")
+    return name.replace("-", "_").replace(" ", "_")
 
 
 def _dispatch(args: list[str]) -> None:
     args = _with_default(args)
     words = args[len(_global_options(args)) :]
     asked = words[:1]
-    if asked and asked[0] in COMMANDS and words[1:] and words[1] in subcommands(asked[0]):
-        asked = [" ".join(words[:2])]
+    if asked and asked[0] in COMMANDS:
+        table = subcommands(asked[0])
+        within = [" ".join(words[1:end]) for end in (3, 2) if " ".join(words[1:end]) in table]
+        asked = [" ".join((asked[0], *within[:1]))]
     build_app(load=asked)(args, prog_name="freehold")
 
 

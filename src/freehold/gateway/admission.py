@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from freehold.errors import RateLimited, Unavailable
-from freehold.gateway.budget import Budgets, Limit, LocalBudgets, SharedBudgets, bound, spent_by
+from freehold.errors import Overloaded, RateLimited, Unavailable
+from freehold.gateway.budget import Budgets, Limit, LocalBudgets, SharedBudgets, bound, spent_by, until_next_day
 from freehold.gateway.call import Caller, Decision, Request
 from freehold.gateway.config import Settings
 from freehold.gateway.identity import new_id
-from freehold.gateway.limits import Meter, estimated_tokens
+from freehold.gateway.limits import Meter, estimated_tokens, refusal_headers
+from freehold.gateway.parts import Ticket as AnyTicket
 from freehold.gateway.records import Reservation, day_of
 from freehold.gateway.store import Store
 from freehold.gateway.store_postgres import PostgresStore
@@ -72,6 +73,15 @@ class Admission:
         trouble = self._trouble()
         if trouble:
             raise Unavailable(f"calls cannot be written down: {trouble}", retry_after=BUSY_SECONDS)
+        try:
+            return await self._admit(request, decision)
+        except Overloaded as error:
+            known = self._meters.get(request.caller.key_id)
+            rates = known.headers(self._clock()) if known is not None else ()
+            error.headers = (*refusal_headers(error, until_next_day(request.at)), *rates)
+            raise
+
+    async def _admit(self, request: Request, decision: Decision) -> Ticket:
         caller = request.caller
         cap = self._caps.get(request.alias, DEFAULT_CAP)
         ticket = self._take(request, caller, cap)
@@ -84,8 +94,9 @@ class Admission:
                 raise
         return ticket
 
-    def settle(self, ticket: Ticket, rows: Sequence[Row]) -> None:
+    def settle(self, ticket: AnyTicket, rows: Sequence[Row]) -> None:
         """Give back what was not used. rows: the call's, which the store was given before; none if it was not tried."""
+        assert isinstance(ticket, Ticket)
         if ticket.settled:
             return
         ticket.settled = True

@@ -7,12 +7,18 @@ verify` prints it, the gateway logs it) and give it back with `--head`, and a cu
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
+from freehold.errors import FreeholdError
+from freehold.gateway.config import Settings
 from freehold.gateway.records import Entry
+
+_log = logging.getLogger(__name__)
 
 START = "0" * 64
 """What the first entry names as the one before."""
@@ -49,3 +55,59 @@ def _digest(seq: int, at: float, actor: str, kind: str, subject: str, detail: di
     # JSON with sorted keys and no spaces: one text for one content. Floats are written so that they read back the same.
     content = json.dumps([seq, at, actor, kind, subject, detail, previous], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+class Recorder(Protocol):
+    """The store."""
+
+    async def record(self, kind: str, subject: str, detail: Mapping[str, Any], actor: str) -> Entry: ...
+
+
+class SettingsLog:
+    """Writes each change of the settings to the audit log: their hash, and what in them is another than before.
+
+    Values are not written down: an address may hold what only its owner should read.
+    """
+
+    def __init__(self, store: Recorder) -> None:
+        self._store = store
+        self._before: Settings | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # one after the other, as they came into force
+
+    def configure(self, settings: Settings) -> None:
+        """Note the settings that are in force from now on; the first ones are those of the start."""
+        before, self._before = self._before, settings
+        if before == settings:
+            return
+        detail = {"sha256": hashlib.sha256(settings.model_dump_json().encode()).hexdigest()}
+        changed = [] if before is None else changes(before, settings)
+        task = asyncio.get_running_loop().create_task(self._write(detail | {"changed": changed}, first=before is None))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def finish(self) -> None:
+        """Return when all of it is written."""
+        await asyncio.gather(*self._running)
+
+    async def _write(self, detail: dict[str, Any], *, first: bool) -> None:
+        try:
+            async with self._turn:
+                await self._store.record("config.start" if first else "config.change", "", detail, "gateway")
+        except FreeholdError as error:
+            _log.error("the audit log has no entry for new settings: %s", error)
+
+
+def changes(before: Settings, after: Settings) -> list[str]:
+    """What differs, as `upstreams.local` and `gateway.air_gapped`: sections, and their entries by name."""
+    found = []
+    old, new = before.model_dump(), after.model_dump()
+    for section in old:
+        one, other = old[section], new[section]
+        if isinstance(one, dict) and isinstance(other, dict):
+            missing = object()
+            names = sorted({*one, *other})
+            found += [f"{section}.{name}" for name in names if one.get(name, missing) != other.get(name, missing)]
+        elif one != other:
+            found.append(section)
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,15 @@ async def export(store: Store, path: Path, which: Filter) -> int:
     if path.suffix not in (".parquet", ".jsonl"):
         raise InvalidRequest(f"{path}: name a file that ends in .parquet or .jsonl", param="file")
     duckdb: Any = importlib.import_module("duckdb") if path.suffix == ".parquet" else None  # an extra
-    lines = path.with_name(f".{path.name}.{os.getpid()}.jsonl")
-    done = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    # In a folder that is closed to others, because duckdb gives a file the mode that it likes.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        lines, done = Path(folder) / "rows.jsonl", Path(folder) / "rows.parquet"
         count = await _write_lines(store, lines, which)
-        if duckdb is None:
-            os.replace(lines, path)
-        else:
+        if duckdb is not None:
             await asyncio.to_thread(_to_parquet, duckdb, lines, done)
-            os.replace(done, path)
-    finally:
-        for each in (lines, done):
-            each.unlink(missing_ok=True)
+        whole = lines if duckdb is None else done
+        os.chmod(whole, 0o600)
+        os.replace(whole, path)
     return count
 
 
@@ -46,7 +44,7 @@ async def _write_lines(store: Store, path: Path, which: Filter) -> int:
     encoder = msgspec.json.Encoder()
     count = 0
     waiting: list[bytes] = []
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    with path.open("wb") as file:
         async for row in store.rows(which):
             # Every field, also those with their default: a reader need not know them.
             waiting.append(encoder.encode(msgspec.structs.asdict(row)))
@@ -60,7 +58,6 @@ async def _write_lines(store: Store, path: Path, which: Filter) -> int:
 
 def _to_parquet(duckdb: Any, lines: Path, path: Path) -> None:
     columns = {name: kind.upper() for name, kind in column_types().items()}
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
     connection = duckdb.connect(":memory:", config={"autoinstall_known_extensions": "false"})
     try:
         source = connection.read_json(str(lines), columns=columns, format="newline_delimited")

@@ -40,3 +40,7 @@ class Filter:
             column, relation = {"since": ("at", ">="), "until": ("at", "<")}.get(name, (name, "="))
             parts.append(f"calls.{column} {relation} ${len(values)}")
         return " AND ".join(parts) or "1 = 1", tuple(values)
+
+
+NAMES = tuple(field.name for field in fields(Filter) if field.name not in ("since", "until", "shadows"))
+"""What rows are chosen by, besides the time."""

@@ -59,7 +59,7 @@ def check_admin_key(token: str, where: str) -> str:
     token = token.strip()
     known = token.lower() in _WELL_KNOWN or digest_of(token) in _WELL_KNOWN_DIGESTS
     if known or len(token) < MINIMUM or len(set(token)) < MINIMUM // 2:
-        raise ConfigError(f"{where}: the admin key is easy to guess; make one of at least {MINIMUM} random characters")
+        raise ConfigError(f"{where}: the admin key is missing or guessable; use 32 random characters")
     return token
 
 

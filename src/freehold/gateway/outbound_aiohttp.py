@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import aiohttp
-from yarl import URL
 
 from freehold.gateway.outbound import Broken
 
@@ -22,16 +21,14 @@ class Aiohttp:
             skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
             read_bufsize=1 << 18,
         )
-        self._urls: dict[str, URL] = {}
 
     async def post(self, url: str, head: bytes, body: bytes, connect_seconds: float) -> _Incoming:
-        target = self._urls.get(url) or self._urls.setdefault(url, URL(url))
         lines = [line.partition(": ") for line in head.decode("latin-1").split("\r\n") if line]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds)
         try:
             response = await self._session.request(
                 "POST",
-                target,
+                url,
                 data=body,
                 headers=[(name, value) for name, _, value in lines],
                 allow_redirects=False,

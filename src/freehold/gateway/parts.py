@@ -148,6 +148,7 @@ class Parts:
     routes: Routes = field(default_factory=dict)
     configured: tuple[Configured, ...] = ()
     background: tuple[Callable[[], Awaitable[None]], ...] = ()
+    identity: bytes = b""  # what pseudonyms of users and conversations are made with; b"": the data directory's
 
     def watched_by(self, observer: Observer) -> Parts:
         """The same parts, with one more who is shown each row."""

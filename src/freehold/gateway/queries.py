@@ -84,7 +84,8 @@ async def sums(store: Store, by: Sequence[str], which: Filter) -> list[Sums]:
     columns = _columns(by)
     condition, values = which.sql()
     rows = await store.fetch(
-        f"SELECT {columns}, count(DISTINCT request_id), count(*), sum(CASE WHEN error IN ({_FAILED}) THEN 1 ELSE 0 END),"
+        f"SELECT {columns}, count(DISTINCT request_id), count(*),"
+        f" sum(CASE WHEN error IN ({_FAILED}) THEN 1 ELSE 0 END),"
         " coalesce(sum(input_tokens), 0), coalesce(sum(cached_tokens), 0), coalesce(sum(output_tokens), 0),"
         " coalesce(sum(reasoning_tokens), 0), coalesce(sum(undelivered_tokens), 0), coalesce(sum(cost), 0),"
         " sum(CASE WHEN cost IS NULL AND status BETWEEN 200 AND 299 THEN 1 ELSE 0 END)"
@@ -122,8 +123,8 @@ async def tokens(store: Store, by: Sequence[str], column: str, which: Filter) ->
 async def regressions(store: Store, which: Filter, before: str | None = None, after: str | None = None) -> list[Change]:
     """What the newest version of each prompt changed, against the one before; or two versions that are named.
 
-    Newest: first seen last. Metrics: failed attempts (rate), and the mean cost, output tokens, TTFT and TPOT of answered
-    attempts. Raises InvalidRequest if only one version is named.
+    Newest: first seen last. Metrics: failed attempts (rate), and the mean cost, output tokens, TTFT and TPOT of those
+    that were answered. Raises InvalidRequest if only one version is named.
     """
     if (before is None) != (after is None):
         raise InvalidRequest("name both versions, or none", param="from" if before is None else "to")

@@ -78,16 +78,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     hash: str
 
 
-class Experiment(msgspec.Struct, frozen=True):
-    """The state of an experiment. version: 0 is none yet; each change raises it by one."""
-
-    version: int
-    state: dict[str, Any]
-    at: float = 0.0
-
-
 class Decided(msgspec.Struct, frozen=True):
-    """A decision of an experiment. number: 1, 2, ... within the experiment."""
+    """What happened to an experiment. number: 0, 1, ... within the experiment."""
 
     experiment: str
     number: int

@@ -7,6 +7,7 @@ gets what comes, and an error event in its place if it breaks off.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
@@ -23,6 +24,8 @@ from freehold.gateway.upstream import Answered, TooMuch, Upstreams
 from freehold.gateway.watch import Watch
 from freehold.gateway.wire import Wire, wire_for
 from freehold.ledger import ErrorClass, Row
+
+logger = logging.getLogger("freehold.gateway")
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -252,10 +255,13 @@ class Call:
         row = attempt.row()
         self.rows.append(row)
         self._parts.store.append(row)
-        for observer in self._parts.observers:
-            observer(row)
-        for sampler in self.samplers:
-            sampler.take(self._request, row, attempt.meter.text)
+        try:
+            for observer in self._parts.observers:
+                observer(row)
+            for sampler in self.samplers:
+                sampler.take(self._request, row, attempt.meter.text)
+        except Exception:  # who looks on must not spoil the call
+            logger.exception("an observer of row %s failed", row.row_id)
 
 
 class Exchange:

@@ -12,12 +12,13 @@ Tables:
     spend          micro-dollars by budget and UTC day, written with the rows that they come from
     reservations   what running calls may still cost; what a killed gateway leaves here stays reserved for its day
     keys           hashed keys made by `freehold gateway key new`
-    experiments    the state of each canary, with a version that only one writer can advance
-    decisions      what canaries decided and on which figures, only ever added to
+    decisions      what happened to experiments and on which figures, only ever added to
+    leases         of PostgreSQL only: which gateway decides about which experiment now
     audit          the hash-chained log
     secrets        of PostgreSQL only; with SQLite they are files beside it
     writers        the last batch of each gateway, so that a batch whose commit was in doubt is not written twice
-    revisions      counters that tell other gateways to read keys or experiments again
+    counters       `keys` rises when keys change, so that other gateways read them again; `position` with each row and
+                   note, in the order in which they were committed
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ CREATE TABLE calls (
     warm_up boolean NOT NULL, status bigint NOT NULL, error text NOT NULL, finish_reason text NOT NULL,
     input_tokens bigint, cached_tokens bigint, output_tokens bigint, reasoning_tokens bigint,
     undelivered_tokens bigint NOT NULL, counted text NOT NULL, cost bigint, ttft double precision,
-    itl_p50 double precision, itl_p99 double precision, tpot double precision, duration double precision NOT NULL
+    itl_p50 double precision, itl_p99 double precision, tpot double precision, duration double precision NOT NULL,
+    position bigint NOT NULL
 );
 CREATE INDEX calls_at ON calls (at);
-CREATE INDEX calls_experiment ON calls (experiment, at) WHERE experiment <> '';
+CREATE INDEX calls_experiment ON calls (experiment, position) WHERE experiment <> '';
 CREATE INDEX calls_user ON calls ("user") WHERE "user" <> '';
 CREATE TABLE notes (
     row_id text NOT NULL, at double precision NOT NULL, name text NOT NULL, value double precision NOT NULL,
-    source text NOT NULL
+    source text NOT NULL, position bigint NOT NULL
 );
 CREATE INDEX notes_row ON notes (row_id);
 CREATE TABLE texts (
@@ -72,9 +74,7 @@ CREATE INDEX reservations_scope ON reservations (scope, day);
 CREATE TABLE keys (
     key_id text PRIMARY KEY, digest text NOT NULL UNIQUE, record text NOT NULL, revoked_at double precision
 );
-CREATE TABLE experiments (
-    name text PRIMARY KEY, version bigint NOT NULL, state text NOT NULL, at double precision NOT NULL
-);
+CREATE TABLE leases (name text PRIMARY KEY, holder text NOT NULL, until double precision NOT NULL);
 CREATE TABLE decisions (
     experiment text NOT NULL, number bigint NOT NULL, at double precision NOT NULL, record text NOT NULL,
     PRIMARY KEY (experiment, number)
@@ -85,15 +85,15 @@ CREATE TABLE audit (
 );
 CREATE TABLE secrets (name text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE writers (writer text PRIMARY KEY, batch bigint NOT NULL, at double precision NOT NULL);
-CREATE TABLE revisions (name text PRIMARY KEY, number bigint NOT NULL);
-INSERT INTO revisions (name, number) VALUES ('keys', 0), ('experiments', 0)
+CREATE TABLE counters (name text PRIMARY KEY, number bigint NOT NULL);
+INSERT INTO counters (name, number) VALUES ('keys', 0), ('position', 0)
 """
 # What no statement may change afterwards: all of a row but the pseudonyms of a person who asks to be forgotten.
 _FIXED = """
     row_id, request_id, attempt, at, endpoint, key_id, team, alias, model_id, upstream, replica, engine, weights,
     prompt_name, prompt_version, task, route, would, effort, streamed, data_class, experiment, arm, served_arm, shadow_of, warm_up,
     status, error, finish_reason, input_tokens, cached_tokens, output_tokens, reasoning_tokens, undelivered_tokens,
-    counted, cost, ttft, itl_p50, itl_p99, tpot, duration"""
+    counted, cost, ttft, itl_p50, itl_p99, tpot, duration, position"""
 
 _SQLITE_TRIGGERS = tuple(
     f"CREATE TRIGGER {table}_no_{event.lower()} BEFORE {event} {columns} ON {table} "
@@ -164,11 +164,12 @@ def missing(found: int, migrations: Sequence[Migration] = MIGRATIONS) -> Sequenc
 
 
 def column_types() -> dict[str, str]:
-    """The columns of `calls` in their order, and the types they have in SQL."""
+    """The columns of `calls` that hold a row's fields, in their order, and the types they have in SQL."""
     text = " ".join(MIGRATIONS[0].both[0].split())
     definitions = text[text.index("(") + 1 : -1].split(",")
     columns = {}
     for definition in definitions:
         name, kind, *rest = definition.replace("NOT NULL", "").replace("PRIMARY KEY", "").split()
         columns[name.strip('"')] = " ".join((kind, *rest))
+    del columns["position"]
     return columns

@@ -22,6 +22,8 @@ from freehold.gateway.app import Door
 from freehold.gateway.build import build_parts
 from freehold.gateway.config import Settings, read
 from freehold.gateway.identity import Hasher, read_or_make_key
+from freehold.gateway.kept import has_keys
+from freehold.gateway.keys import check_admin_key
 from freehold.gateway.listen import event_loop, make_listener
 from freehold.gateway.parts import Parts
 from freehold.gateway.reload import Reloader
@@ -42,7 +44,7 @@ def serve(path: Path, notice: Notice) -> None:
     sock, loopback = bind(
         settings.gateway.host,
         settings.gateway.port,
-        has_keys=bool(settings.keys),
+        has_keys=has_keys(settings),
         cure="make one with `freehold gateway key new`",
     )
     with sock, asyncio.Runner(loop_factory=event_loop) as runner:
@@ -104,17 +106,17 @@ class Server:
         upstreams = Upstreams()
         try:
             upstreams.configure(settings)
-            hasher = Hasher(read_or_make_key(settings.gateway.data_dir))
             parts = self._finish(settings, await build_parts(settings))
             await parts.store.start()
             try:
+                hasher = Hasher(parts.identity or read_or_make_key(settings.gateway.data_dir))
                 door = Door(
                     settings,
                     parts,
                     upstreams,
                     RequestReader(hasher),
                     admin_key=read_admin_key(settings),
-                    local_only=self._loopback and not settings.keys,
+                    local_only=self._loopback and parts.keys.authenticate("") is not None,
                 )
                 everyone = (upstreams, *parts.configured, door)
                 self._reloader = Reloader(self._path, settings, everyone, self._notice)
@@ -164,6 +166,4 @@ def read_admin_key(settings: Settings) -> str:
             raise ConfigError(f"gateway.admin_key_file: {where}: {error}") from None
     else:
         return ""
-    if len(key) < 16 or len(set(key)) < 6:
-        raise ConfigError(f"gateway: the admin key in {where} is missing or guessable; use 32 random characters")
-    return key
+    return check_admin_key(key, f"gateway: {where}")

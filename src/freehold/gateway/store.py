@@ -3,7 +3,7 @@
     store = open_store(settings)
     await store.start()
     store.append(row)             # hot path: into memory, on disk at most `flush_seconds` and one write later
-    await store.put_experiment(...)
+    await store.record(...)       # everything else: waited for
     await store.stop()            # writes what is left
 
 What is appended is written in batches, one transaction each. After kill -9 the database opens as it was at the last
@@ -35,7 +35,6 @@ from freehold.gateway.records import (
     DAY_SECONDS,
     Decided,
     Entry,
-    Experiment,
     KeyRecord,
     Released,
     Reservation,
@@ -57,6 +56,7 @@ STUCK_SECONDS = 5.0  # a batch that takes longer is trouble
 PAGE = 2000  # rows read at once
 PRUNED_AT_ONCE = 500
 PRUNE_EVERY_SECONDS = 3600.0
+_WATCHED = "SELECT name, number FROM counters WHERE name = 'keys'"
 _BOOLEANS = tuple(to.COLUMNS.index(name) for name in ("streamed", "warm_up"))
 
 
@@ -77,7 +77,7 @@ class Store(abc.ABC):
         self._batch_number = 0
         self._failure = ""
         self._writing_since: float | None = None
-        self._revisions: dict[str, int] = {}
+        self._counters: dict[str, int] = {}
         self._watchers: list[Watcher] = []
         self._chores: set[asyncio.Task[None]] = set()
 
@@ -85,7 +85,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def start(self) -> None:
-        """Connect, bring the schema up to date, begin to write. Raises ConfigError that says what to do."""
+        """Connect, bring the schema up to date, begin to write; if it has not begun yet. Raises ConfigError."""
 
     @abc.abstractmethod
     async def stop(self) -> None:
@@ -210,34 +210,44 @@ class Store(abc.ABC):
 
     # Experiments.
 
-    async def experiment(self, name: str) -> Experiment:
-        """Its state; of version 0 and empty if there is none."""
-        found = await self.fetch("SELECT version, state, at FROM experiments WHERE name = $1", (name,))
-        return Experiment(found[0][0], json.loads(found[0][1]), found[0][2]) if found else Experiment(0, {})
-
-    async def put_experiment(
-        self,
-        name: str,
-        state: Mapping[str, Any],
-        *,
-        expected: int,
-        decision: Mapping[str, Any] | None = None,
-        actor: str = "gateway",
-        at: float | None = None,
-    ) -> Experiment:
-        """Replace the state that has version `expected`; with a decision, write that down too, in one transaction.
-
-        Raises Conflict if another gateway was first: read the state again. A decision also goes to the audit log.
-        """
-        moment = time.time() if at is None else at
-        return await self.run(to.put_experiment(name, state, expected, decision, moment, actor))
-
     async def decisions(self, experiment: str) -> list[Decided]:
-        """In the order in which they were made."""
+        """The records of an experiment, by number."""
         rows = await self.fetch(
             "SELECT experiment, number, at, record FROM decisions WHERE experiment = $1 ORDER BY number", (experiment,)
         )
         return [Decided(name, number, at, json.loads(record)) for name, number, at, record in rows]
+
+    async def add_decision(
+        self, experiment: str, number: int, record: Mapping[str, Any], *, at: float, actor: str, audited: bool
+    ) -> None:
+        """Write down what happened to an experiment; audited: in the audit log too, in one transaction.
+
+        record: plain JSON data. Raises Conflict if there is one of that number: another gateway was first.
+        """
+        await self.run(to.add_decision(experiment, number, record, at, actor, audited))
+
+    async def experiment_rows(self, experiment: str, after: int) -> list[tuple[int, Row]]:
+        """An experiment's next rows with a position above `after`, in the order in which they were committed."""
+        rows = await self.fetch(
+            f"SELECT position, {to.QUOTED} FROM calls WHERE experiment = $1 AND experiment <> '' AND position > $2 "
+            f"ORDER BY position LIMIT {PAGE}",
+            (experiment, after),
+        )
+        return [(values[0], _row(values[1:])) for values in rows]
+
+    async def experiment_notes(self, experiment: str, after: int) -> list[tuple[int, Note]]:
+        """The next notes on an experiment's rows, in the same way. Whoever reads rows after it sees their rows."""
+        names = ", ".join(f"notes.{name}" for name in ("position", *Note.__struct_fields__))
+        rows = await self.fetch(
+            f"SELECT {names} FROM notes JOIN calls ON calls.row_id = notes.row_id "
+            f"WHERE calls.experiment = $1 AND notes.position > $2 ORDER BY notes.position LIMIT {PAGE}",
+            (experiment, after),
+        )
+        return [(position, Note(**dict(zip(Note.__struct_fields__, row, strict=True)))) for position, *row in rows]
+
+    @abc.abstractmethod
+    async def leads(self, name: str) -> bool:
+        """Whether this gateway decides about something now and for the next seconds, and no other."""
 
     # The ledger.
 
@@ -272,7 +282,8 @@ class Store(abc.ABC):
     async def forget_user(self, user: str, actor: str) -> int:
         """Blank the pseudonyms of the person whose keyed hash is `user`. Returns how many rows had it."""
         count = await self.run(to.forget_user(user))
-        await self.record("forget.user", "", {"rows": count}, actor)
+        if count:
+            await self.record("forget.user", "", {"rows": count}, actor)
         return count
 
     async def prune(self, before: float) -> int:
@@ -305,11 +316,11 @@ class Store(abc.ABC):
     # Being told of others' changes.
 
     def watch(self, changed: Watcher) -> None:
-        """Have `changed` awaited with "keys" or "experiments" soon after they changed, by this process or another."""
+        """Have `changed` awaited with "keys" soon after they changed, by this process or another."""
         self._watchers.append(changed)
 
     async def _begin_chores(self) -> None:
-        self._revisions = dict(await self.fetch("SELECT name, number FROM revisions"))
+        self._counters = dict(await self.fetch(_WATCHED))
         for chore in (self._look_for_changes, self._clear_out):
             task = asyncio.create_task(_again_and_again(chore))
             self._chores.add(task)
@@ -321,8 +332,8 @@ class Store(abc.ABC):
         self._chores.clear()
 
     async def _look_for_changes(self) -> float:
-        now = dict(await self.fetch("SELECT name, number FROM revisions"))
-        before, self._revisions = self._revisions, now
+        now = dict(await self.fetch(_WATCHED))
+        before, self._counters = self._counters, now
         for name, number in now.items():
             if before.get(name) != number:
                 for changed in self._watchers:

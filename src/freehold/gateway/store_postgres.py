@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 LOCKS = 0x66726565  # the class of our advisory locks, so that another program's do not meet them
 CONNECTIONS = 8
+LEASE_SECONDS = 20.0
 COMMAND_SECONDS = 30.0
 RETRY_SECONDS = 0.5
 
@@ -47,11 +48,14 @@ class PostgresStore(Store):
         self._pool: Any = None
         self._pg: Any = None
         self._writing = asyncio.Lock()
+        self._leads_until: dict[str, float] = {}
         self._batches: list[to.Batch] = []
         self._writer_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """See `Store.start`. Raises MissingExtra's cause if asyncpg is not installed."""
+        if self._pool is not None:
+            return
         self._pg = importlib.import_module("asyncpg")  # an extra: not there for most
         try:
             self._pool = await self._pg.create_pool(
@@ -99,6 +103,17 @@ class PostgresStore(Store):
     async def fetch(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._unavailable():
             return [tuple(row) for row in await self._pool.fetch(sql, *values)]
+
+    async def leads(self, name: str) -> bool:
+        """Holds the lease, or takes it when its holder has not asked for `LEASE_SECONDS`: asked about once a second."""
+        now = time.monotonic()
+        if now < self._leads_until.get(name, 0.0):
+            return True
+        with self._unavailable():
+            held = await self._transact(to.lead(name, self.writer, LEASE_SECONDS))
+        # Asked anew well before it ends: a slow turn must not outlive it.
+        self._leads_until[name] = now + LEASE_SECONDS / 4 if held else 0.0
+        return held
 
     async def secret(self, name: str) -> bytes:
         await self._pool.execute(

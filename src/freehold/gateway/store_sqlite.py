@@ -59,6 +59,8 @@ class SqliteStore(Store):
 
     async def start(self) -> None:
         """See `Store.start`. Raises ConfigError if another gateway has the folder, or the file is no such database."""
+        if self._thread is not None:
+            return
         try:
             connection = await asyncio.to_thread(self._open)
         except (OSError, sqlite3.Error, ValueError) as error:
@@ -88,6 +90,9 @@ class SqliteStore(Store):
 
     async def fetch(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return await asyncio.to_thread(self._read, sql, values)
+
+    async def leads(self, name: str) -> bool:
+        return True  # there is no other gateway on this folder
 
     async def secret(self, name: str) -> bytes:
         return await asyncio.to_thread(self._secret, name)

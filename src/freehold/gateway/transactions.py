@@ -16,7 +16,7 @@ import msgspec
 
 from freehold.errors import Conflict, InvalidRequest, NotFound
 from freehold.gateway.audit import entry_after
-from freehold.gateway.records import Entry, Experiment, KeyRecord, Released, Reservation, Text, day_of
+from freehold.gateway.records import Entry, KeyRecord, Released, Reservation, Text, day_of
 from freehold.ledger import Note, Row
 
 T = TypeVar("T")
@@ -59,8 +59,8 @@ def _insert(table: str, columns: Sequence[str], more: str = "") -> str:
     return f"INSERT INTO {table} ({names}) VALUES ({places}){more}"
 
 
-INSERT_CALL = _insert("calls", COLUMNS, " ON CONFLICT (row_id) DO NOTHING")
-INSERT_NOTE = _insert("notes", Note.__struct_fields__)
+INSERT_CALL = _insert("calls", (*COLUMNS, "position"), " ON CONFLICT (row_id) DO NOTHING")
+INSERT_NOTE = _insert("notes", (*Note.__struct_fields__, "position"))
 INSERT_TEXT = _insert("texts", Text.__struct_fields__, " ON CONFLICT (row_id) DO NOTHING")
 INSERT_RESERVATION = _insert("reservations", ("id", "scope", "day", "amount", "writer", "at"))
 ADD_SPEND = (
@@ -140,9 +140,19 @@ def write_batch(batch: Batch, at: float) -> Transaction[None]:
     )
     if not fresh:
         return
+    calls, notes = batch.calls, batch.notes
+    if calls or notes:
+        # From here until it commits no other gateway gets a position: positions rise in the order of commits.
+        moved = yield Do(
+            "UPDATE counters SET number = number + $1 WHERE name = 'position' RETURNING number",
+            (len(calls) + len(notes),),
+        )
+        first = moved[0][0] - len(calls) - len(notes) + 1
+        calls = [(*values, position) for position, values in enumerate(calls, first)]
+        notes = [(*values, position) for position, values in enumerate(notes, first + len(calls))]
     for sql, rows in (
-        (INSERT_CALL, batch.calls),
-        (INSERT_NOTE, batch.notes),
+        (INSERT_CALL, calls),
+        (INSERT_NOTE, notes),
         (INSERT_TEXT, batch.texts),
         (ADD_SPEND, batch.spent),
         (INSERT_RESERVATION, batch.reserved),
@@ -167,7 +177,7 @@ def add_entry(at: float, actor: str, kind: str, subject: str, detail: Mapping[st
 
 
 def _revise(name: str) -> Do:
-    return Do("UPDATE revisions SET number = number + 1 WHERE name = $1", (name,))
+    return Do("UPDATE counters SET number = number + 1 WHERE name = $1", (name,))
 
 
 def add_key(record: KeyRecord, at: float, actor: str) -> Transaction[None]:
@@ -193,35 +203,29 @@ def revoke_key(key_id: str, at: float, actor: str) -> Transaction[None]:
     yield from add_entry(at, actor, "key.revoke", key_id, {})
 
 
-def put_experiment(
-    name: str, state: Mapping[str, Any], expected: int, decision: Mapping[str, Any] | None, at: float, actor: str
-) -> Transaction[Experiment]:
-    """Replace a state of version `expected` (0: there is none), and add the decision that it follows from.
+def add_decision(
+    experiment: str, number: int, record: Mapping[str, Any], at: float, actor: str, audited: bool
+) -> Transaction[None]:
+    """Write down what happened to an experiment. Raises Conflict if there is a record of that number: somebody else
+    was first. audited: also in the audit log."""
+    sql = _insert("decisions", ("experiment", "number", "at", "record"), " ON CONFLICT DO NOTHING RETURNING number")
+    added = yield Do(sql, (experiment, number, at, json.dumps(record)))
+    if not added:
+        raise Conflict(f"experiment {experiment!r} has a record {number} already: another gateway was first")
+    if audited:
+        yield from add_entry(at, actor, "decision", experiment, record)
 
-    Raises Conflict if another gateway was first: its state is in the database, and nothing was changed.
-    """
-    if expected == 0:
-        sql = _insert(
-            "experiments", ("name", "version", "state", "at"), " ON CONFLICT (name) DO NOTHING RETURNING name"
-        )
-        done = yield Do(sql, (name, 1, json.dumps(state), at))
-    else:
-        done = yield Do(
-            "UPDATE experiments SET version = $2 + 1, state = $3, at = $4 WHERE name = $1 AND version = $2 "
-            "RETURNING name",
-            (name, expected, json.dumps(state), at),
-        )
-    if not done:
-        raise Conflict(f"experiment {name!r} was changed meanwhile")
-    yield _revise("experiments")
-    if decision is not None:
-        last = yield Do("SELECT coalesce(max(number), 0) FROM decisions WHERE experiment = $1", (name,))
-        number = last[0][0] + 1
-        yield Do(
-            _insert("decisions", ("experiment", "number", "at", "record")), (name, number, at, json.dumps(decision))
-        )
-        yield from add_entry(at, actor, "decision", name, {"number": number, **decision})
-    return Experiment(expected + 1, dict(state), at)
+
+def lead(name: str, holder: str, seconds: float) -> Transaction[bool]:
+    """Take or keep a lease for so long, by the database's clock. Whether it is the holder's now. PostgreSQL only."""
+    now = "extract(epoch FROM clock_timestamp())"
+    held = yield Do(
+        f"INSERT INTO leases (name, holder, until) VALUES ($1, $2, {now} + $3) ON CONFLICT (name) DO UPDATE "
+        f"SET holder = excluded.holder, until = excluded.until WHERE leases.holder = $2 OR leases.until < {now} "
+        "RETURNING holder",
+        (name, holder, seconds),
+    )
+    return bool(held)
 
 
 def forget_user(user: str) -> Transaction[int]:

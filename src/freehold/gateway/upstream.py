@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from freehold import __version__
 from freehold.errors import ConfigError
 from freehold.gateway.config import Settings, Upstream
 from freehold.gateway.outbound import Incoming, Outbound
@@ -136,7 +135,7 @@ def _head(upstream: Upstream, key: str) -> bytes:
     """The header lines that every request to an upstream has."""
     head = (
         b"content-type: application/json\r\naccept: application/json, text/event-stream\r\n"
-        b"accept-encoding: identity\r\nuser-agent: freehold-gateway/%b\r\n" % __version__.encode()
+        b"accept-encoding: identity\r\nuser-agent: freehold-gateway\r\n"
     )
     if key and upstream.auth == "bearer":
         head += b"authorization: Bearer %b\r\n" % key.encode()

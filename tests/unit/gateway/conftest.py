@@ -1,6 +1,4 @@
-"""Stores to test with (SQLite in a folder, and a real PostgreSQL where the package that brings one is installed), and
-upstreams and gateways that stop with their test.
-"""
+"""Upstreams and gateways that stop with their test; stores: SQLite, and a real PostgreSQL where one is installed."""
 
 from __future__ import annotations
 
@@ -21,6 +19,34 @@ from tests.live_gateway import LiveGateway
 from tests.scripted_upstream import Reply, Scripted, fine
 
 
+@pytest.fixture
+def upstream() -> Iterator[Callable[..., Scripted]]:
+    started: list[Scripted] = []
+
+    def start(reply: Reply = fine) -> Scripted:
+        started.append(Scripted(reply))
+        return started[-1]
+
+    yield start
+    for scripted in started:
+        scripted.stop()
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Callable[..., LiveGateway]]:
+    """Starts gateways; at the end none may have a task left."""
+    started: list[LiveGateway] = []
+
+    def start(config: str, **options: Any) -> LiveGateway:
+        started.append(LiveGateway(config, tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for live in started:
+        live.wait(live.is_idle)
+        live.stop()
+
+
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running PostgreSQL server, whose databases are nobody's yet."""
@@ -39,8 +65,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def database(postgres: str) -> str:
     """The address of a new, empty database."""
-    import asyncpg  # type: ignore[import-not-found, unused-ignore]
-
+    asyncpg: Any = pytest.importorskip("asyncpg", reason="needs asyncpg, the extra `postgres`")
     name = f"t{secrets.token_hex(6)}"
 
     async def create() -> None:
@@ -77,31 +102,3 @@ if os.environ.get("FREEHOLD_TEST_POSTGRES"):  # an address with the right to mak
     @pytest.fixture(scope="session", name="postgres")
     def another_postgres() -> str:
         return os.environ["FREEHOLD_TEST_POSTGRES"]
-
-
-@pytest.fixture
-def upstream() -> Iterator[Callable[..., Scripted]]:
-    started: list[Scripted] = []
-
-    def start(reply: Reply = fine) -> Scripted:
-        started.append(Scripted(reply))
-        return started[-1]
-
-    yield start
-    for scripted in started:
-        scripted.stop()
-
-
-@pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[Callable[..., LiveGateway]]:
-    """Starts gateways; at the end none may have a task left."""
-    started: list[LiveGateway] = []
-
-    def start(config: str, **options: Any) -> LiveGateway:
-        started.append(LiveGateway(config, tmp_path, **options))
-        return started[-1]
-
-    yield start
-    for live in started:
-        live.wait(live.is_idle)
-        live.stop()

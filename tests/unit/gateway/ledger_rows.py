@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from freehold.gateway.identity import new_id
 from freehold.ledger import Row
 
-NOON = 19_700 * 86_400.0 + 43_200  # of a day that has passed
+NOON = (time.time() // 86_400 - 1) * 86_400 + 43_200  # yesterday: it has passed, and its calls may still run
 FULL = {
     "attempt": 1,
     "team": "search",

@@ -77,6 +77,9 @@ async def test_requests_a_minute(admission: Admission, clock: Clock) -> None:
     with pytest.raises(RateLimited, match="2 requests a minute") as refusal:
         await admission.admit(call(caller), TARGETS)
     assert refusal.value.retry_after == pytest.approx(30)
+    headers = dict(refusal.value.headers)
+    assert (headers[b"retry-after"], headers[b"x-should-retry"]) == (b"30", b"true")
+    assert headers[b"x-ratelimit-remaining-requests"] == b"0"
     admission.settle(first, [])
     with pytest.raises(RateLimited):  # a call that ended was a request all the same
         await admission.admit(call(caller), TARGETS)

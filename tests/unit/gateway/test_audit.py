@@ -11,10 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from freehold.gateway.audit import entry_after, fault_of
+from freehold.gateway.audit import SettingsLog, changes, entry_after, fault_of
 from freehold.gateway.records import Entry
+from freehold.gateway.store import Store
 from freehold.gateway.store_sqlite import FILE, SqliteStore
 from tests.unit.gateway.conftest import OpenStore
+from tests.unit.gateway.settings_text import settings
 
 
 def chain(length: int) -> list[Entry]:
@@ -83,3 +85,25 @@ async def test_an_entry_changed_in_the_file_shows(tmp_path: Path) -> None:
     connection.close()
     assert "entry 2" in fault_of(await store.audit())
     await store.stop()
+
+
+async def test_settings_are_logged_by_what_changed(store: Store) -> None:
+    log = SettingsLog(store)
+    log.configure(settings())
+    log.configure(settings())  # the same again: no change
+    log.configure(settings("[gateway]\nair_gapped = true\n[teams.new]\n"))
+    await log.finish()
+    entries = await store.audit()
+    assert [(each.kind, each.detail["changed"]) for each in entries] == [
+        ("config.start", []),
+        ("config.change", ["gateway.air_gapped", "teams.new"]),
+    ]
+    assert entries[0].detail["sha256"] != entries[1].detail["sha256"]
+    assert "127.0.0.1" not in str(entries)
+
+
+def test_what_differs_between_settings() -> None:
+    route = '[[routes]]\nname = "r"\n'
+    assert changes(settings(), settings()) == []
+    assert changes(settings(route), settings()) == ["routes"]
+    assert changes(settings(), settings("[teams.a]\n[teams.b]\n")) == ["teams.a", "teams.b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -106,19 +107,17 @@ def test_probes_and_unknown_paths(gateway: Start, upstream: StartUpstream) -> No
 def test_the_admin_api_wants_its_own_key(
     gateway: Start, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     async def pause(asked: Asked) -> Answer:
         return Answer(json.dumps([asked.names, dict(asked.query), asked.body.decode()]).encode())
 
     def build(_: Any, parts: Any) -> Any:
-        return replace(parts, routes={"POST /admin/experiments/{name}/pause": pause})
+        return dataclasses.replace(parts, routes={"POST /admin/experiments/{name}/pause": pause})
 
     monkeypatch.setenv("DOOR_ADMIN", ADMIN)
     head = '[gateway]\nadmin_key_env = "DOOR_ADMIN"'
     live = gateway(config(upstream().url, head=head) + KEYS, build=build)
     url = f"{live.url}/admin/experiments/x%20y/pause?a=1"
-    for key in ("", "key-of-all", "admin", ADMIN[:-1]):
+    for key in ("none", "key-of-all", "admin", ADMIN[:-1]):
         assert httpx.post(url, headers={"authorization": f"Bearer {key}"}).status_code == 401
     answer = httpx.post(url, headers={"authorization": f"Bearer {ADMIN}"}, content=b"{}")
     assert answer.json() == [{"name": "x y"}, {"a": "1"}, "{}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ async def test_notes_belong_to_their_rows(store: Store) -> None:
 async def test_what_is_written_cannot_be_changed(store: Store, table: str) -> None:
     store.append(full_row())
     store.note(Note(row_id="r", at=NOON, name="feedback", value=1.0))
-    await store.put_experiment("e", {}, expected=0, decision={"to": "ramping"})
+    await store.add_decision("e", 0, {"to": "ramping"}, at=NOON, actor="me", audited=True)
     await store.flush()
 
     def change() -> to.Transaction[None]:
@@ -186,33 +187,84 @@ async def test_another_process_hears_of_changes(open_store: OpenStore, monkeypat
     await command.start()
     await command.add_key(KeyRecord(key_id="a", digest="cd" * 32), "me")
     assert await asyncio.wait_for(heard.get(), 5) == "keys"
-    await command.put_experiment("e", {"share": 0.05}, expected=0)
-    assert await asyncio.wait_for(heard.get(), 5) == "experiments"
+    await command.revoke_key("a", "me")
+    assert await asyncio.wait_for(heard.get(), 5) == "keys"
     await command.stop()
     await gateway.stop()
 
 
-async def test_of_two_changes_to_an_experiment_one_wins(open_store: OpenStore) -> None:
+async def test_of_two_records_with_one_number_one_is_written(open_store: OpenStore) -> None:
     stores = [open_store(), open_store()]
     for store in stores:
         await store.start()
-    assert (await stores[0].experiment("e")).version == 0
     answers = await asyncio.gather(
-        *(store.put_experiment("e", {"by": n}, expected=0, decision={"n": n}) for n, store in enumerate(stores)),
+        *(store.add_decision("e", 0, {"by": n}, at=NOON, actor="me", audited=True) for n, store in enumerate(stores)),
         return_exceptions=True,
     )
-    assert sorted(type(answer).__name__ for answer in answers) == ["Conflict", "Experiment"]
-    state = await stores[1].experiment("e")
-    assert state.version == 1
-    decisions = await stores[0].decisions("e")
-    assert [(each.number, each.record) for each in decisions] == [(1, {"n": state.state["by"]})]
-    second = await stores[1].put_experiment("e", {"share": 0.25}, expected=1, decision={"n": 9})
-    assert second.version == 2
-    assert [each.number for each in await stores[0].decisions("e")] == [1, 2]
+    assert sorted(type(answer).__name__ for answer in answers) == ["Conflict", "NoneType"]
     with pytest.raises(Conflict):
-        await stores[0].put_experiment("e", {}, expected=1)
+        await stores[0].add_decision("e", 0, {}, at=NOON, actor="me", audited=True)
+    await stores[0].add_decision("e", 1, {"share": 0.25}, at=NOON, actor="me", audited=False)
+    await stores[0].add_decision("other", 0, {}, at=NOON, actor="me", audited=False)
+    decisions = await stores[1].decisions("e")
+    assert [each.number for each in decisions] == [0, 1]
+    assert decisions[1].record == {"share": 0.25}
+    assert [(each.kind, each.subject) for each in await stores[1].audit()] == [("decision", "e")]
     for store in stores:
         await store.stop()
+
+
+async def test_an_experiment_is_read_in_the_order_of_commits(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PAGE", 4)
+    stores = [open_store(), open_store()]
+    for store in stores:
+        await store.start()
+    written: list[str] = []
+    for turn in range(5):
+        store = stores[turn % 2]
+        for n in range(3):
+            each = row(row_id=f"{turn}{n}", at=NOON - turn, experiment="e" if n else "other")
+            store.append(each)
+            store.note(Note(row_id=each.row_id, at=NOON, name="feedback", value=1.0))
+            written += [each.row_id] * (n > 0)
+        await store.flush()
+    rows: list[str] = []
+    notes: list[str] = []
+    position = note_position = 0
+    while page := await stores[0].experiment_rows("e", position):
+        assert len(page) <= 4
+        rows += [each.row_id for _, each in page]
+        assert position < page[0][0] < page[-1][0]
+        position = page[-1][0]
+    while notes_page := await stores[0].experiment_notes("e", note_position):
+        notes += [each.row_id for _, each in notes_page]
+        note_position = notes_page[-1][0]
+    assert rows == notes == written
+    assert await stores[1].experiment_rows("", 0) == []
+    for store in stores:
+        await store.stop()
+
+
+async def test_one_gateway_leads_until_it_goes_silent(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_postgres, "LEASE_SECONDS", 0.4)
+    one, other = store_postgres.PostgresStore(database), store_postgres.PostgresStore(database)
+    await one.start()
+    await other.start()
+    assert await one.leads("e")
+    assert not await other.leads("e")
+    assert await other.leads("another")
+    assert await one.leads("e")
+    await asyncio.sleep(0.5)
+    assert await other.leads("e")
+    assert not await one.leads("e")
+    await one.stop()
+    await other.stop()
+
+
+async def test_the_only_gateway_leads(tmp_path: Path) -> None:
+    assert await store_sqlite.SqliteStore(tmp_path).leads("e")
 
 
 async def test_spend_is_charged_with_its_rows_and_reservations_end(store: Store) -> None:
