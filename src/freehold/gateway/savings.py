@@ -53,7 +53,7 @@ class _Output:
 
 @dataclass(slots=True)
 class _Sums:
-    """Calls of one rule, alias, model and effort; cached and input tokens are summed at both prices at once."""
+    """Calls of one rule, alias, model and effort. Amounts are micro-dollars."""
 
     calls: int = 0
     spent: int = 0
@@ -77,18 +77,9 @@ class Savings:
         output = self._outputs[row.model_id, row.effort]
         output.rows += 1
         output.tokens += row.output_tokens
-        rule = self._rules.get(row.route or row.would)
-        other = None if rule is None else self._other(rule, row.alias)
-        if rule is None or other is None:
-            return
-        elsewhere = cost(self._price(other), row.input_tokens, row.cached_tokens, row.output_tokens)
-        if elsewhere is None:
-            return
-        sums = self._sums[rule.name, row.alias, row.model_id, row.effort]
-        sums.calls += 1
-        sums.spent += row.cost
-        sums.elsewhere += elsewhere
-        sums.output += row.output_tokens
+        for name in (row.route, row.would):
+            if name in self._rules:
+                self._count(self._rules[name], row)
 
     def report(self) -> list[Saving]:
         """One a rule and alias that had calls, in the order of the settings."""
@@ -117,6 +108,19 @@ class Savings:
                     )
                 )
         return found
+
+    def _count(self, rule: Route, row: Row) -> None:
+        other = self._other(rule, row.alias)
+        if other is None or row.cost is None or row.output_tokens is None:
+            return
+        elsewhere = cost(self._price(other), row.input_tokens, row.cached_tokens, row.output_tokens)
+        if elsewhere is None:
+            return
+        sums = self._sums[rule.name, row.alias, row.model_id, row.effort]
+        sums.calls += 1
+        sums.spent += row.cost
+        sums.elsewhere += elsewhere
+        sums.output += row.output_tokens
 
     def _other(self, rule: Route, alias: str) -> Arm | None:
         """Where the calls do not go now: the rule's target in shadow mode, else the alias itself."""
