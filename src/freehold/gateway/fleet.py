@@ -65,6 +65,7 @@ class Fleet:
 
     def configure(self, settings: Settings) -> None:
         """Take new settings, at once. What was prepared is ready; what is known is kept, with its calls."""
+        self._prober.air_gapped = settings.gateway.air_gapped
         known = self._replicas | self._prepared
         self._prepared = {}
         self._replicas = {key: known.get(key) or replica for key, replica in _replicas(settings).items()}

@@ -74,6 +74,8 @@ class Savings:
         """Count a row. Attempts without an answer, shadows and unknown rules or aliases are left out."""
         if row.shadow_of or row.error or row.output_tokens is None or row.cost is None:
             return
+        if row.alias not in self._settings.models:
+            return
         output = self._outputs[row.model_id, row.effort]
         output.rows += 1
         output.tokens += row.output_tokens
@@ -161,17 +163,20 @@ def savings(settings: Settings, rows: Iterable[Row]) -> list[Saving]:
 
 
 def lines(report: Iterable[Saving]) -> list[str]:
-    """For people: a line each."""
+    """For people: a line each. The share is of what the calls cost, or would have cost, without the rule."""
     found: list[str] = []
     for each in report:
-        verb = "would save" if each.mode == "shadow" else "saves"
-        share = f" ({each.price / each.spent:.0%} of ${each.spent / 1e6:,.2f})" if each.spent else ""
-        effort = (
-            "with the effort's own output lengths: too few calls to tell"
-            if each.effort is None
-            else f"with the effort's own output lengths: ${each.effort / 1e6:,.2f}"
-        )
+        shadow = each.mode == "shadow"
+        without = each.spent if shadow else each.spent + each.price
+        share = f" ({each.price / without:.0%} of {_dollars(without)})" if without else ""
+        effort = "too few calls to tell" if each.effort is None else _dollars(each.effort)
         found.append(
-            f"{each.route} ({each.alias}, {each.calls} calls) {verb} ${each.price / 1e6:,.2f}{share}; {effort}"
+            f"{each.route} ({each.alias}, {each.calls} calls) {'would save' if shadow else 'saves'} "
+            f"{_dollars(each.price)}{share} by price; with the effort's own output lengths: {effort}"
         )
     return found
+
+
+def _dollars(micro: int) -> str:
+    dollars = micro / 1_000_000
+    return f"${dollars:,.2f}" if abs(dollars) >= 1 else f"${dollars:.4f}"
