@@ -17,7 +17,7 @@ To add a command:
 2.  Add a line to `COMMANDS`. Its summary is the first line of the function's docstring (a test compares them).
     A group of commands, as `train`, is such a function, which does nothing, in a module with a table `SUBCOMMANDS`:
     name → (module, summary), each with a function of that name. With `RUNS_ALONE = True` its own function does run
-    where no sub-command is named, as `plan`.
+    where no sub-command is named, as `plan`; with `DEFAULT = "run"` that sub-command does, as `gateway`.
 3.  `make docs`: writes the new options to `tests/golden/cli.txt` and `docs/reference/cli.md`, for review.
 
 Only the command that was asked for is imported: the others stand in the help by their summaries. That keeps
@@ -38,6 +38,7 @@ from freehold.cli.errors import run
 
 COMMANDS: Mapping[str, str] = {
     "serve": "Serve a checkpoint behind an OpenAI-compatible API.",
+    "gateway": "One address in front of every engine and API: keys, limits, a row per call, a guarded canary.",
     "chat": "Chat with a model in the terminal.",
     "tiny": "Make a small checkpoint with random weights.",
     "inspect": "Show what a checkpoint holds, from its headers only.",
@@ -131,11 +132,22 @@ def _attribute(name: str) -> str:
 
 
 def _dispatch(args: list[str]) -> None:
+    args = _with_default(args)
     words = args[len(_global_options(args)) :]
     asked = words[:1]
     if asked and asked[0] in COMMANDS and words[1:] and words[1] in subcommands(asked[0]):
         asked = [" ".join(words[:2])]
     build_app(load=asked)(args, prog_name="freehold")
+
+
+def _with_default(args: list[str]) -> list[str]:
+    """The sub-command put in that a group runs by default: `gateway FILE` is `gateway run FILE`."""
+    at = len(_global_options(args)) + 1
+    if args[at - 1 : at] and args[at - 1] in COMMANDS and args[at:] and args[at] not in ("-h", "--help"):
+        default = getattr(importlib.import_module(f"freehold.cli.{_attribute(args[at - 1])}"), "DEFAULT", None)
+        if default is not None and args[at] not in subcommands(args[at - 1]):
+            return [*args[:at], default, *args[at:]]
+    return args
 
 
 def _global_options(args: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ class Gateway(Section):
     air_gapped: bool = Field(False, description="Refuse every upstream that is not on a private or loopback address.")
     drain_seconds: Seconds = Field(30.0, description="How long running calls may take to end after SIGTERM.")
     max_body_bytes: int = Field(33_554_432, gt=0, description="Larger requests get 413.")
+    max_answer_bytes: int = Field(67_108_864, gt=0, description="Of an answer that is not streamed; larger: an error.")
     admin_key_env: str = Field("", description="Environment variable with the admin key; no key, no admin API.")
     admin_key_file: Path | None = Field(None, description="File with the admin key.")
     sample_prompts: Share = Field(0.0, description="Share of calls whose text is kept; 0: none.")

@@ -7,6 +7,7 @@ nothing, and it keeps what it has counted.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -147,3 +148,7 @@ class Parts:
     routes: Routes = field(default_factory=dict)
     configured: tuple[Configured, ...] = ()
     background: tuple[Callable[[], Awaitable[None]], ...] = ()
+
+    def watched_by(self, observer: Observer) -> Parts:
+        """The same parts, with one more who is shown each row."""
+        return dataclasses.replace(self, observers=(*self.observers, observer))

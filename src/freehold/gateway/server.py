@@ -1,0 +1,169 @@
+"""The process of a gateway: the socket, signals, draining, reloading, and what is printed when it is ready.
+
+The first SIGTERM or SIGINT drains: `/ready` turns 503, new calls get 503 with `retry-after`, running ones finish (up to
+`drain_seconds`), then the rows are on the disk and the process ends with exit code 0. A second signal ends it at once.
+SIGHUP reads the settings again, as does a change of the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from freehold.address import base_url, bind
+from freehold.errors import ConfigError
+from freehold.gateway.app import Door
+from freehold.gateway.build import build_parts
+from freehold.gateway.config import Settings, read
+from freehold.gateway.identity import Hasher, read_or_make_key
+from freehold.gateway.listen import event_loop, make_listener
+from freehold.gateway.parts import Parts
+from freehold.gateway.reload import Reloader
+from freehold.gateway.request import RequestReader
+from freehold.gateway.upstream import Upstreams
+
+Notice = Callable[[str], None]
+
+_CLOSE_SECONDS = 5  # for slow readers to take the end of their answer, after the drain
+
+
+def serve(path: Path, notice: Notice) -> None:
+    """Serve the settings of a file until a signal; returns when drained. Call it on the main thread.
+
+    Raises ConfigError, InvalidRequest (the address).
+    """
+    settings = read(path)
+    sock, loopback = bind(
+        settings.gateway.host,
+        settings.gateway.port,
+        has_keys=bool(settings.keys),
+        cure="make one with `freehold gateway key new`",
+    )
+    with sock, asyncio.Runner(loop_factory=event_loop) as runner:
+        runner.run(_main(path, settings, sock, loopback, notice))
+
+
+async def _main(path: Path, settings: Settings, sock: socket.socket, loopback: bool, notice: Notice) -> None:
+    server = Server(path, settings, sock, loopback=loopback, notice=notice)
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if server.is_stopping:
+            sys.stderr.write("stopped at once\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        server.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
+    await server.run()
+
+
+class Server:
+    """One gateway on one event loop, without signal handlers: `serve` adds them, tests do without. It closes the
+    socket. finish: a last word about the parts, for whoever embeds a gateway."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        sock: socket.socket,
+        *,
+        loopback: bool,
+        notice: Notice,
+        finish: Callable[[Settings, Parts], Parts] = lambda _, parts: parts,
+    ) -> None:
+        self.is_stopping = False
+        self._path = path
+        self._settings = settings
+        self._socket = sock
+        self._loopback = loopback
+        self._notice = notice
+        self._finish = finish
+        self._stop = asyncio.Event()
+        self._reloader: Reloader | None = None
+
+    def stop(self) -> None:
+        """Begin to drain; `run` returns when that is done. Call it on the event loop."""
+        self.is_stopping = True
+        self._stop.set()
+
+    def reload(self) -> None:
+        if self._reloader is not None:
+            self._reloader.reload()
+
+    async def run(self) -> None:
+        settings = self._settings
+        upstreams = Upstreams()
+        try:
+            upstreams.configure(settings)
+            hasher = Hasher(read_or_make_key(settings.gateway.data_dir))
+            parts = self._finish(settings, await build_parts(settings))
+            await parts.store.start()
+            try:
+                door = Door(
+                    settings,
+                    parts,
+                    upstreams,
+                    RequestReader(hasher),
+                    admin_key=read_admin_key(settings),
+                    local_only=self._loopback and not settings.keys,
+                )
+                everyone = (upstreams, *parts.configured, door)
+                self._reloader = Reloader(self._path, settings, everyone, self._notice)
+                background = [asyncio.create_task(self._reloader.watch())]
+                background += [asyncio.ensure_future(each()) for each in parts.background]
+                try:
+                    await self._serve(door)
+                finally:
+                    for task in background:
+                        task.cancel()
+                    await asyncio.wait(background)
+            finally:
+                await parts.store.stop()
+        finally:
+            await upstreams.close()
+
+    async def _serve(self, door: Door) -> None:
+        listener = make_listener(door)
+        await listener.start(self._socket)
+        self._notice(f"ready: gateway on {base_url(self._socket)}/v1 ({', '.join(self._settings.models)})")
+        await self._stop.wait()
+        await self._drain(door)
+        await listener.stop(_CLOSE_SECONDS)
+        await door.close()
+
+    async def _drain(self, door: Door) -> None:
+        seconds = self._settings.gateway.drain_seconds
+        door.draining = True
+        self._notice(f"draining: running calls have {seconds:g} s; signal again to stop at once")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(door.idle(), seconds)
+        for call in list(door.calls):
+            call.stop()
+
+
+def read_admin_key(settings: Settings) -> str:
+    """ "" if there is to be no admin API. Raises ConfigError: a key that is missing, too short, or everybody's."""
+    gateway = settings.gateway
+    if gateway.admin_key_env:
+        key = os.environ.get(gateway.admin_key_env, "").strip()
+        where = f"the variable {gateway.admin_key_env}"
+    elif gateway.admin_key_file is not None:
+        where = str(gateway.admin_key_file)
+        try:
+            key = gateway.admin_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"gateway.admin_key_file: {where}: {error}") from None
+    else:
+        return ""
+    if len(key) < 16 or len(set(key)) < 6:
+        raise ConfigError(f"gateway: the admin key in {where} is missing or guessable; use 32 random characters")
+    return key
