@@ -77,7 +77,8 @@ class Prober:
             if settings.metrics:
                 await self._read_load(replica)
         if replica.state != before:
-            _log.warning("upstream %s: %s is %s, was %s", replica.upstream, replica.url, replica.state, before)
+            level = logging.INFO if replica.state == "ready" else logging.WARNING
+            _log.log(level, "upstream %s: %s is %s, was %s", replica.upstream, replica.url, replica.state, before)
 
     async def close(self) -> None:
         while self._sessions:

@@ -319,6 +319,15 @@ async def test_a_replica_that_is_down_does_not_hold_up_other_changes(start: Star
         assert running.states() == ["out"]
 
 
+async def test_an_upstream_that_a_reload_took_away_is_unavailable(start: Start) -> None:
+    engine = await start()
+    async with Running(settings_for(engine, name="old")) as running:
+        decision = running.router.decide(request("a"))
+        running.router.configure(settings_for(engine, name="new"))
+        with pytest.raises(Unavailable, match="'old' is not in the settings any more"):
+            running.router.choose(decision.targets[0], request("a"))
+
+
 async def test_replicas_keep_what_is_known_over_a_reload(start: Start) -> None:
     first, second = await start(), await start()
     async with Running(settings_for(first)) as running:

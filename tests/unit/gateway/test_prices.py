@@ -29,9 +29,10 @@ def test_cached_tokens_are_at_most_the_input() -> None:
     assert cost(Price(input=1_000_000, cached_input=0), 10, None, 0) == 10
 
 
-def test_the_nearest_micro_dollar() -> None:
-    assert cost(Price(output=500_000), 0, 0, 1) == 1
-    assert cost(Price(output=499_999), 0, 0, 1) == 0
+def test_a_call_is_not_free_because_it_is_small() -> None:
+    assert cost(Price(output=1), 0, 0, 1) == 1
+    assert cost(Price(output=1_000_001), 0, 0, 1) == 2
+    assert cost(Price(output=1_000_000), 0, 0, 1) == 1
 
 
 def test_unknown_tokens_have_no_cost_but_where_all_is_free() -> None:

@@ -147,6 +147,16 @@ def test_a_second_try_goes_to_another_replica() -> None:
     assert found.choose("c") is first
 
 
+def test_what_failed_this_request_is_tried_again_only_if_there_is_no_other() -> None:
+    found, replicas, _ = pool(2)
+    first = found.choose("c")
+    (other,) = [replica for replica in replicas if replica is not first]
+    assert found.choose("c", frozenset({first.url})) is other
+    other.ready = False  # fresh, and still better than what failed
+    assert found.choose("c", frozenset({first.url})) is other
+    assert found.choose("c", frozenset({first.url, other.url})) is first
+
+
 def test_the_only_replica_is_tried_again() -> None:
     found, (only,), clock = pool(1)
     found.choose("").end(False, clock.now)
