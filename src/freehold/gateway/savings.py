@@ -26,6 +26,9 @@ from freehold.ledger import Row
 MIN_ROWS = 30
 """Rows of a model at an effort before their mean stands for anything."""
 
+# Classes of answers that came whole, good or not: they cost what they cost, and would elsewhere.
+_WHOLE = frozenset(("", "empty", "looping", "tool_json", "thinking_cut", "refusal"))
+
 
 @dataclass(frozen=True, slots=True)
 class Saving:
@@ -71,8 +74,8 @@ class Savings:
         self._sums: defaultdict[tuple[str, str, str, str], _Sums] = defaultdict(_Sums)
 
     def __call__(self, row: Row) -> None:
-        """Count a row. Attempts without an answer, shadows and unknown rules or aliases are left out."""
-        if row.shadow_of or row.error or row.output_tokens is None or row.cost is None:
+        """Count a row. Attempts without a whole answer, shadows and unknown rules or aliases are left out."""
+        if row.shadow_of or row.error not in _WHOLE or row.output_tokens is None or row.cost is None:
             return
         if row.alias not in self._settings.models:
             return

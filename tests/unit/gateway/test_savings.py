@@ -81,7 +81,8 @@ def test_what_says_nothing_about_cost_is_left_out() -> None:
         row("cloud", "big", would="cheap", alias="gone", route="moved"),
         row("cloud", "big"),
     ]
-    assert savings(SETTINGS, [good, *bad])[0].calls == 1
+    poor = row("cloud", "big", would="cheap", error="thinking_cut")  # cost as much as a good one
+    assert savings(SETTINGS, [good, poor, *bad])[0].calls == 2
     assert savings(SETTINGS, []) == []
 
 
