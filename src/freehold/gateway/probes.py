@@ -73,7 +73,7 @@ class Prober:
             if not replica.ready:
                 replica.ready = not is_warmed(settings) or await self._generates(replica, models)
                 replica.fresh = False
-            replica.healthy = replica.ready
+            replica.healthy = True  # but out, if it generated nothing: neither fresh nor ready
             if settings.metrics:
                 await self._read_load(replica)
         if replica.state != before:

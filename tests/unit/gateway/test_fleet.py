@@ -46,7 +46,7 @@ class Engine:
 
     async def _health(self, got: web.Request) -> web.Response:
         await asyncio.sleep(self.seconds)
-        headers = {"location": "/elsewhere"} if 300 <= self.health < 400 else {}
+        headers = {"location": "/metrics"} if 300 <= self.health < 400 else {}
         return web.Response(status=self.health, headers=headers)
 
     async def _metrics(self, got: web.Request) -> web.Response:
