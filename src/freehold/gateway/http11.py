@@ -116,6 +116,11 @@ class Exchange:
         self._chunked = False
         self._is_head = scope["method"] == "HEAD"
 
+    @property
+    def on_the_wire(self) -> bool:
+        """The client has had some of the answer."""
+        return self._started and not self._head
+
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -172,7 +177,6 @@ class Exchange:
     def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if self._started:
             raise RuntimeError("a second start of an answer")
-        self._started = True
         lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status, self._connection.listener.date_header()]
         sized = False
         for name, value in headers:
@@ -194,6 +198,7 @@ class Exchange:
             lines.append(b"connection: keep-alive\r\n")
         lines.append(b"\r\n")
         self._head = b"".join(lines)
+        self._started = True
 
     async def run(self) -> None:
         try:
@@ -201,7 +206,7 @@ class Exchange:
         except Exception:
             logger.exception("%s %s failed", self.scope["method"], self.scope["path"])
         if not self.done and not self.gone:
-            if self._started:
+            if self.on_the_wire:
                 self._connection.abort()  # the client must not take what it has for the whole
             else:
                 self._connection.refuse(500, b"internal error")
@@ -418,7 +423,7 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % words
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            if self.current is None or not self.current._started:
+            if self.current is None or not self.current.on_the_wire:
                 self.write(_STATUS[status] + head + body)
             self._close(everything_read=False)
         self._parser = None

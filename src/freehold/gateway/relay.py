@@ -7,6 +7,7 @@ gets what comes, and an error event in its place if it breaks off.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
@@ -15,13 +16,16 @@ from freehold.errors import FreeholdError, InvalidRequest, Unavailable, Upstream
 from freehold.gateway.attempt import Attempt, Failed
 from freehold.gateway.call import Decision, Request, Target
 from freehold.gateway.config import Settings, Upstream
+from freehold.gateway.outbound import Broken
 from freehold.gateway.parts import Header, Parts, Sampler
 from freehold.gateway.reply import error_event
 from freehold.gateway.sse import NotAStream, Splitter, data_of
-from freehold.gateway.upstream import Answered, Broken, TooMuch, Upstreams
+from freehold.gateway.upstream import Answered, TooMuch, Upstreams
 from freehold.gateway.watch import Watch
 from freehold.gateway.wire import Wire, wire_for
 from freehold.ledger import ErrorClass, Row
+
+logger = logging.getLogger("freehold.gateway")
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -250,10 +254,13 @@ class Call:
         row = attempt.row()
         self.rows.append(row)
         self._parts.store.append(row)
-        for observer in self._parts.observers:
-            observer(row)
-        for sampler in self.samplers:
-            sampler.take(self._request, row, attempt.meter.text)
+        try:
+            for observer in self._parts.observers:
+                observer(row)
+            for sampler in self.samplers:
+                sampler.take(self._request, row, attempt.meter.text)
+        except Exception:  # who looks on must not spoil the call
+            logger.exception("an observer of row %s failed", row.row_id)
 
 
 class Exchange:

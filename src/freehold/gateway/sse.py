@@ -27,8 +27,9 @@ class Splitter:
         """
         if not self._rest and data.endswith(b"\n\n") and b"\r" not in data:
             return data  # by far the most: an upstream writes whole events
+        has_returns = b"\r" in data or self._rest.endswith(b"\r")
         self._rest += data
-        if b"\r" in self._rest:
+        if has_returns:
             held = self._rest.endswith(b"\r")  # its "\n" may be on its way
             self._rest = self._rest.replace(b"\r\n", b"\n")
             self._rest = self._rest[:-1].replace(b"\r", b"\n") + b"\r" if held else self._rest.replace(b"\r", b"\n")

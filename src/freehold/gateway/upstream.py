@@ -1,23 +1,19 @@
-"""The one way out: requests to upstreams over aiohttp, which is behind this file alone.
+"""The one way out: who gets which key, and what of a client's request goes along.
 
 Nothing of a client's request gets out but its body and the few headers named here; credentials are the upstream's own.
-Redirects are not followed, cookies not kept, proxies of the environment not used.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import aiohttp
-from yarl import URL
-
-from freehold import __version__
 from freehold.errors import ConfigError
 from freehold.gateway.config import Settings, Upstream
+from freehold.gateway.outbound import Incoming, Outbound
 from freehold.gateway.parts import Header
 
 # What a client may tell an upstream beside the body.
@@ -25,15 +21,8 @@ FORWARDED: Final = ("anthropic-version", "anthropic-beta", "openai-beta", "trace
 # What an upstream may tell a client. Its rate limits are not: they are the gateway's, not the client's.
 RETURNED: Final = ("retry-after", "retry-after-ms", "warning", "openai-processing-ms", "x-freehold-warning")
 
-_ANTHROPIC_VERSION = "2023-06-01"  # of the Messages API, where a client of another API does not say one
-
-
-class Broken(Exception):
-    """The connection failed. before_answer: no byte of an answer had come, so the upstream may not have seen it."""
-
-    def __init__(self, message: str, *, before_answer: bool) -> None:
-        super().__init__(message)
-        self.before_answer = before_answer
+# Of the Messages API, where the client does not say one.
+_ANTHROPIC_VERSION: Final = b"anthropic-version: 2023-06-01\r\n"
 
 
 class TooMuch(Exception):
@@ -43,23 +32,20 @@ class TooMuch(Exception):
 class Answered:
     """An upstream's answer: status and headers are there, the body is yet to come. Close it."""
 
-    __slots__ = ("_response", "content_type", "headers", "status")
+    __slots__ = ("close", "content_type", "headers", "next", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        found = response.headers
-        self.content_type = found.get("content-type", "")
+    def __init__(self, incoming: Incoming) -> None:
+        self.status = incoming.status
+        fields = incoming.fields
+        self.content_type = fields.get("content-type", "")
+        if fields.get("content-encoding", "identity") != "identity":
+            incoming.close()
+            raise ValueError(f"it is compressed ({fields['content-encoding'][:20]}), which was not asked for")
         self.headers: list[Header] = [
-            (name.encode(), found[name].encode("latin-1", "replace")) for name in RETURNED if name in found
+            (name.encode(), fields[name].encode("latin-1", "replace")) for name in RETURNED if name in fields
         ]
-
-    async def next(self) -> bytes:
-        """What has come since; b"" at the end. Raises Broken."""
-        try:
-            return await self._response.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            raise Broken(_words(error), before_answer=False) from None
+        self.next = incoming.next
+        self.close = incoming.close
 
     async def read(self, most: int) -> bytes:
         """The whole body. Raises Broken, TooMuch."""
@@ -72,51 +58,35 @@ class Answered:
             pieces.append(data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def close(self) -> None:
-        """Give the connection back if the answer was read to its end; else close it, which ends the generation."""
-        self._response.close() if not self._response.content.at_eof() else self._response.release()
-
 
 class Upstreams:
-    """Connections to all upstreams. Made on the event loop; closed with `close`."""
+    """All upstreams: their keys, and the connections to them. Made on the event loop; closed with `close`."""
 
-    def __init__(self) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=ssl.create_default_context(), keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None),  # the relay keeps the time
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
-            read_bufsize=1 << 18,
-        )
-        self._headers: dict[str, dict[str, str]] = {}
+    def __init__(self, outbound: Outbound | None = None) -> None:
+        self._outbound = outbound or make_outbound()
+        self._heads: dict[str, bytes] = {}
+        self._connect: dict[str, float] = {}
         self._secrets: tuple[bytes, ...] = ()
-        self._urls: dict[str, URL] = {}
 
     def configure(self, settings: Settings) -> None:
         """Read the keys. Raises ConfigError: one is missing."""
         keys = {name: read_key(name, upstream) for name, upstream in settings.upstreams.items()}
-        self._headers = {name: _headers(settings.upstreams[name], key) for name, key in keys.items()}
+        self._heads = {name: _head(settings.upstreams[name], key) for name, key in keys.items()}
+        self._connect = {name: upstream.timeouts.connect for name, upstream in settings.upstreams.items()}
         self._secrets = tuple(sorted({key.encode() for key in keys.values() if key}, key=len, reverse=True))
 
     async def post(
         self, upstream: str, url: str, body: bytes, given: Mapping[str, str], request_id: str, *, messages: bool = False
     ) -> Answered:
-        """Send a request; returns with the headers of the answer. given: the client's headers. Raises Broken."""
-        headers = self._headers[upstream] | {"x-request-id": request_id}
-        if messages:
-            headers["anthropic-version"] = _ANTHROPIC_VERSION
-        for name in FORWARDED:
-            if name in given:
-                headers[name] = given[name]
-        target = self._urls.get(url)
-        if target is None:
-            target = self._urls[url] = URL(url)  # a few fixed ones: base URLs are settings, paths are ours
-        try:
-            response = await self._session.request("POST", target, data=body, headers=headers, allow_redirects=False)
-        except (aiohttp.ClientError, OSError) as error:
-            raise Broken(_words(error), before_answer=True) from None
-        return Answered(response)
+        """Send a request; returns with the headers of the answer. given: the client's headers.
+
+        Raises Broken, ValueError: it is no answer.
+        """
+        lines = [self._heads[upstream], b"x-request-id: %b\r\n" % request_id.encode()]
+        if messages and "anthropic-version" not in given:
+            lines.append(_ANTHROPIC_VERSION)
+        lines += [b"%b: %b\r\n" % (name.encode(), _one_line(given[name])) for name in FORWARDED if name in given]
+        return Answered(await self._outbound.post(url, b"".join(lines), body, self._connect[upstream]))
 
     def scrub(self, text: bytes) -> bytes:
         """Without any of the keys, which an upstream may have put into its message."""
@@ -125,7 +95,18 @@ class Upstreams:
         return text
 
     async def close(self) -> None:
-        await self._session.close()
+        await self._outbound.close()
+
+
+def make_outbound() -> Outbound:
+    """Our own client on llhttp, or aiohttp where httptools is not installed. On the event loop."""
+    if importlib.util.find_spec("httptools") is None:
+        from freehold.gateway.outbound_aiohttp import Aiohttp
+
+        return Aiohttp()
+    from freehold.gateway.http11_client import Http11
+
+    return Http11()
 
 
 def read_key(name: str, upstream: Upstream) -> str:
@@ -150,19 +131,19 @@ def _read_file(name: str, path: Path) -> str:
         raise ConfigError(f"upstreams.{name}: {path}: {error}") from None
 
 
-def _headers(upstream: Upstream, key: str) -> dict[str, str]:
-    headers = {
-        "content-type": "application/json",
-        "accept": "application/json, text/event-stream",
-        "accept-encoding": "identity",
-        "user-agent": f"freehold-gateway/{__version__}",
-    }
+def _head(upstream: Upstream, key: str) -> bytes:
+    """The header lines that every request to an upstream has."""
+    head = (
+        b"content-type: application/json\r\naccept: application/json, text/event-stream\r\n"
+        b"accept-encoding: identity\r\nuser-agent: freehold-gateway\r\n"
+    )
     if key and upstream.auth == "bearer":
-        headers["authorization"] = f"Bearer {key}"
+        head += b"authorization: Bearer %b\r\n" % key.encode()
     elif key and upstream.auth == "x-api-key":
-        headers["x-api-key"] = key
-    return headers
+        head += b"x-api-key: %b\r\n" % key.encode()
+    return head
 
 
-def _words(error: BaseException) -> str:
-    return type(error).__name__ + (f": {error}" if str(error) else "")
+def _one_line(value: str) -> bytes:
+    """Of a client's header. The server has refused line breaks; this holds behind any server."""
+    return value.encode("latin-1", "replace").replace(b"\r", b" ").replace(b"\n", b" ")
