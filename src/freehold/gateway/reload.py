@@ -56,6 +56,11 @@ class Reloader:
             self._task.cancel()
         self._task = asyncio.create_task(self._reload(), name="reload")
 
+    @property
+    def reloading(self) -> bool:
+        """Whether settings are being prepared."""
+        return self._task is not None and not self._task.done()
+
     async def _reload(self) -> None:
         try:
             settings = read(self._path)
