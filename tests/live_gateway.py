@@ -79,8 +79,11 @@ class LiveGateway:
         return result.result(timeout=10)
 
     def reload(self) -> None:
+        """Take the file as it is now; returns when that is done or refused."""
         assert self._server is not None
-        self.call(self._server.reload)
+        server = self._server
+        self.call(server.reload)
+        self.wait(lambda: not server.is_reloading)
 
     def wait(self, condition: Callable[[], bool], seconds: float = 15) -> None:
         end = time.monotonic() + seconds

@@ -46,9 +46,11 @@ def warnings(settings: Settings) -> list[str]:
         if upstream.metrics and upstream.engine == "api":
             found.append(f"{where}: metrics need an engine; those of an API are not known")
     policy = Policy(settings)
-    for data_class in _named_classes(settings):
-        if not policy.allowed([data_class]):
-            found.append(f"data class {data_class!r} may go nowhere: requests that name it are refused")
+    found += [
+        f"data class {data_class!r} may go nowhere: requests that name it are refused"
+        for data_class in _named_classes(settings)
+        if not policy.allowed([data_class])
+    ]
     return found + _unreachable_rules(settings)
 
 

@@ -2,8 +2,8 @@
 
 Sources of the names: vLLM `v1/metrics/loggers.py` (and the name it had before 0.10 for the cache), SGLang
 `srt/metrics/collector.py` (with `--enable-metrics`), llama.cpp `tools/server/server.cpp` (with `--metrics`; newer ones
-have no gauge of the cache), and `freehold.engine.metrics`. Requests running, requests waiting, and how full the KV cache
-is: these three the Gateway API Inference Extension asks of every model server.
+have no gauge of the cache), and `freehold.engine.metrics`. Requests running, requests waiting, and how full the KV
+cache is: these three the Gateway API Inference Extension asks of every model server.
 """
 
 from __future__ import annotations

@@ -47,9 +47,12 @@ class Fleet:
         self.pools: Mapping[str, Pool] = {}
         self.configure(settings)
 
-    def choose(self, target: Target, request: Request) -> Replica:
-        """See `parts.Router`. Raises Unavailable."""
-        return self.pools[target.upstream].choose(request.conversation)
+    def choose(self, target: Target, request: Request, avoid: frozenset[str] = frozenset()) -> Replica:
+        """See `parts.Router`. Raises Unavailable, also if a reload took the upstream away since the decision."""
+        pool = self.pools.get(target.upstream)
+        if pool is None:
+            raise Unavailable(f"upstream {target.upstream!r} is not in the settings any more", retry_after=0.1)
+        return pool.choose(request.conversation, avoid)
 
     def done(self, replica: Replica, ok: bool) -> None:
         replica.end(ok, self._clock())
@@ -65,6 +68,7 @@ class Fleet:
 
     def configure(self, settings: Settings) -> None:
         """Take new settings, at once. What was prepared is ready; what is known is kept, with its calls."""
+        self._prober.air_gapped = settings.gateway.air_gapped
         known = self._replicas | self._prepared
         self._prepared = {}
         self._replicas = {key: known.get(key) or replica for key, replica in _replicas(settings).items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from freehold.gateway.call import Caller, Decision, Request, Target
 from freehold.gateway.config import Settings
@@ -130,6 +130,12 @@ door checks; without one in the settings there are none of them."""
 class Configured(Protocol):
     def configure(self, settings: Settings) -> None:
         """Take new settings: at a reload, on the event loop. See the module."""
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    async def prepare(self, settings: Settings) -> None:
+        """Before `configure`, while the old settings serve: whatever takes time. Raises a FreeholdError: keep them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,27 +17,25 @@ def price_of(prices: Prices) -> Price:
 
 
 def cost(price: Price, input_tokens: int | None, cached_tokens: int | None, output_tokens: int | None) -> int | None:
-    """What an attempt cost, rounded to the nearest micro-dollar; None if its tokens are unknown and not free.
+    """What an attempt cost, rounded up to a micro-dollar: a call is not free because it is small. None if its tokens
+    are unknown and not free.
 
     input_tokens include the cached ones; output_tokens include reasoning, as in `freehold.ledger.Row`. Output that was
     not delivered was generated all the same, and costs as much. Unknown cached tokens count as not cached.
     """
     if input_tokens is None or output_tokens is None:
         return None if price.input or price.output or price.cached_input else 0
-    return (_scaled(price, input_tokens, cached_tokens or 0, output_tokens) + _MILLION // 2) // _MILLION
+    cached_price = price.input if price.cached_input is None else price.cached_input
+    cached = min(max(cached_tokens or 0, 0), input_tokens)
+    return -(
+        -((input_tokens - cached) * price.input + cached * cached_price + output_tokens * price.output) // _MILLION
+    )
 
 
 def at_most(price: Price, input_tokens: int, output_tokens: int) -> int:
     """What so many tokens can cost at the most, rounded up: for reservations. No actual `cost` of them is above it."""
     dearest = max(price.input, price.cached_input or 0)
     return -(-(input_tokens * dearest + output_tokens * price.output) // _MILLION)
-
-
-def _scaled(price: Price, input_tokens: int, cached_tokens: int, output_tokens: int) -> int:
-    """Millionths of micro-dollars."""
-    cached_price = price.input if price.cached_input is None else price.cached_input
-    cached = min(max(cached_tokens, 0), input_tokens)
-    return (input_tokens - cached) * price.input + cached * cached_price + output_tokens * price.output
 
 
 def _micro(dollars: float) -> int:

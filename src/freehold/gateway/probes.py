@@ -56,9 +56,9 @@ class Prober:
 
     def __init__(self, auth: Auth, *, air_gapped: bool = False, clock: Clock = time.monotonic) -> None:
         self._auth = auth
-        self._air_gapped = air_gapped
+        self.air_gapped = air_gapped
         self._clock = clock
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by air_gapped, which a reload may change
 
     async def look(self, replica: Replica, models: Sequence[str]) -> None:
         """One round: health, then a generation with each of these models if one is due, then load."""
@@ -73,16 +73,16 @@ class Prober:
             if not replica.ready:
                 replica.ready = not is_warmed(settings) or await self._generates(replica, models)
                 replica.fresh = False
-            replica.healthy = replica.ready
+            replica.healthy = True  # but out, if it generated nothing: neither fresh nor ready
             if settings.metrics:
                 await self._read_load(replica)
         if replica.state != before:
-            _log.warning("upstream %s: %s is %s, was %s", replica.upstream, replica.url, replica.state, before)
+            level = logging.INFO if replica.state == "ready" else logging.WARNING
+            _log.log(level, "upstream %s: %s is %s, was %s", replica.upstream, replica.url, replica.state, before)
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        while self._sessions:
+            await self._sessions.popitem()[1].close()
 
     async def _healthy(self, replica: Replica) -> bool:
         status, _ = await self._ask(replica, root(replica.url) + replica.settings.health.path)
@@ -145,11 +145,13 @@ class Prober:
             return 0, b""
 
     def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            resolver = LocalResolver() if self._air_gapped else None
+        session = self._sessions.get(self.air_gapped)
+        if session is None:
+            resolver = LocalResolver() if self.air_gapped else None
             connector = aiohttp.TCPConnector(limit=0, resolver=resolver, keepalive_timeout=30)
-            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        return self._session
+            session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            self._sessions[self.air_gapped] = session
+        return session
 
 
 def root(url: str) -> str:

@@ -1,4 +1,8 @@
-"""New settings without a restart: read, check, and hand to every part, or keep all of the old ones."""
+"""New settings without a restart: read, check, prepare, and hand to every part, or keep all of the old ones.
+
+Preparing may take minutes (an engine that is new in the settings must complete a generation first). The old settings
+serve meanwhile, and a file that changes again ends it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from freehold.errors import ConfigError
+from freehold.errors import ConfigError, FreeholdError
 from freehold.gateway.config import Settings, read
-from freehold.gateway.parts import Configured
+from freehold.gateway.parts import Configured, Prepared
+from freehold.gateway.policy import check_addresses
 
 logger = logging.getLogger("freehold.gateway")
 
@@ -30,28 +35,46 @@ class Reloader:
         self._everyone = everyone
         self._notice = notice
         self._seen = self._stamp()
+        self._task: asyncio.Task[None] | None = None
 
     async def watch(self) -> None:
         """Reload whenever the file changes, until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            stamp = self._stamp()
-            if stamp is not None and stamp != self._seen:
-                self.reload()
+        try:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                stamp = self._stamp()
+                if stamp is not None and stamp != self._seen:
+                    self.reload()
+        finally:
+            if self._task is not None:
+                self._task.cancel()
 
-    def reload(self) -> bool:
-        """Whether the new settings are in force. If not, all of the old ones still are, and the notice says why."""
+    def reload(self) -> None:
+        """Begin to take the file as it is now. The notice says when that is done, or why the old settings stay."""
         self._seen = self._stamp()
+        if self._task is not None:
+            self._task.cancel()
+        self._task = asyncio.create_task(self._reload(), name="reload")
+
+    @property
+    def reloading(self) -> bool:
+        """Whether settings are being prepared."""
+        return self._task is not None and not self._task.done()
+
+    async def _reload(self) -> None:
         try:
             settings = read(self._path)
             self._check_fixed(settings)
+            await asyncio.to_thread(check_addresses, settings)
+            for each in self._everyone:
+                if isinstance(each, Prepared):
+                    await each.prepare(settings)
             self._apply(settings)
-        except ConfigError as error:
+        except FreeholdError as error:
             self._notice(f"kept the old settings: {error.message}")
-            return False
+            return
         self.settings = settings
         self._notice(f"new settings: {self._path}")
-        return True
 
     def _check_fixed(self, settings: Settings) -> None:
         changed = [name for name in FIXED if getattr(settings.gateway, name) != getattr(self.settings.gateway, name)]

@@ -27,7 +27,7 @@ State: TypeAlias = Literal["fresh", "ready", "out", "draining"]
 Clock: TypeAlias = Callable[[], float]
 
 SHY_SECONDS = 1.0
-"""So long after a failed call a replica is asked only if no other is left, so that a second try goes elsewhere."""
+"""So long after a failed call a replica is asked only if no other is left."""
 BUSIER, MORE = 1.25, 4.0
 """A conversation leaves its replica where that has over BUSIER times and MORE requests more than the least loaded."""
 
@@ -115,8 +115,8 @@ class Pool:
     def ready(self) -> bool:
         return any(replica.state == "ready" for replica in self.replicas)
 
-    def choose(self, conversation: str) -> Replica:
-        """The replica for a call, whose in-flight count it raises.
+    def choose(self, conversation: str, avoid: frozenset[str] = frozenset()) -> Replica:
+        """The replica for a call, whose in-flight count it raises. avoid: URLs to be used only if there is no other.
 
         A conversation has one order of all replicas (rendezvous hashing), and goes to the first that takes calls: where
         its prefix is cached. It does so unless that one is much busier than the least loaded, which otherwise gets it.
@@ -126,12 +126,12 @@ class Pool:
         limit = self.settings.max_concurrent
         if limit is not None and sum(replica.in_flight for replica in self.replicas) >= limit:
             raise Unavailable(f"upstream {self.name!r} has its {limit} calls; try again", retry_after=1.0)
-        able = self._able(now)
+        able = self._able(now, avoid)
         chosen = able[0] if len(able) == 1 else self._among(able, conversation, now)
         chosen.begin()
         return chosen
 
-    def _able(self, now: float) -> list[Replica]:
+    def _able(self, now: float, avoid: frozenset[str]) -> list[Replica]:
         """Those that may be called, of the best sort that there is."""
         serving = [replica for replica in self.replicas if replica.state in ("ready", "fresh")]
         closed = [replica for replica in serving if replica.wait(now) == 0.0]
@@ -139,6 +139,7 @@ class Pool:
             waits = [replica.wait(now) for replica in serving]
             back = min((wait for wait in waits if math.isfinite(wait)), default=self.settings.health.every)
             raise Unavailable(f"upstream {self.name!r} has no replica that takes calls now", retry_after=max(back, 0.1))
+        closed = [replica for replica in closed if replica.url not in avoid] or closed
         ready = [replica for replica in closed if replica.ready] or closed
         steady = [replica for replica in ready if now - replica.failed_at >= SHY_SECONDS]
         return steady or ready

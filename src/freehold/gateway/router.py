@@ -43,8 +43,8 @@ class Router:
         """What `/v1/models` lists for a caller."""
         return self._table.aliases(caller)
 
-    def choose(self, target: Target, request: Request) -> Replica:
-        return self.fleet.choose(target, request)
+    def choose(self, target: Target, request: Request, avoid: frozenset[str] = frozenset()) -> Replica:
+        return self.fleet.choose(target, request, avoid)
 
     def done(self, replica: AnyReplica, ok: bool) -> None:
         if not isinstance(replica, Replica):

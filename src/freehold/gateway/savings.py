@@ -26,6 +26,9 @@ from freehold.ledger import Row
 MIN_ROWS = 30
 """Rows of a model at an effort before their mean stands for anything."""
 
+# Classes of answers that came whole, good or not: they cost what they cost, and would elsewhere.
+_WHOLE = frozenset(("", "empty", "looping", "tool_json", "thinking_cut", "refusal"))
+
 
 @dataclass(frozen=True, slots=True)
 class Saving:
@@ -53,7 +56,7 @@ class _Output:
 
 @dataclass(slots=True)
 class _Sums:
-    """Calls of one rule, alias, model and effort; cached and input tokens are summed at both prices at once."""
+    """Calls of one rule, alias, model and effort. Amounts are micro-dollars."""
 
     calls: int = 0
     spent: int = 0
@@ -71,24 +74,17 @@ class Savings:
         self._sums: defaultdict[tuple[str, str, str, str], _Sums] = defaultdict(_Sums)
 
     def __call__(self, row: Row) -> None:
-        """Count a row. Attempts without an answer, shadows and unknown rules or aliases are left out."""
-        if row.shadow_of or row.error or row.output_tokens is None or row.cost is None:
+        """Count a row. Attempts without a whole answer, shadows and unknown rules or aliases are left out."""
+        if row.shadow_of or row.error not in _WHOLE or row.output_tokens is None or row.cost is None:
+            return
+        if row.alias not in self._settings.models:
             return
         output = self._outputs[row.model_id, row.effort]
         output.rows += 1
         output.tokens += row.output_tokens
-        rule = self._rules.get(row.route or row.would)
-        other = None if rule is None else self._other(rule, row.alias)
-        if rule is None or other is None:
-            return
-        elsewhere = cost(self._price(other), row.input_tokens, row.cached_tokens, row.output_tokens)
-        if elsewhere is None:
-            return
-        sums = self._sums[rule.name, row.alias, row.model_id, row.effort]
-        sums.calls += 1
-        sums.spent += row.cost
-        sums.elsewhere += elsewhere
-        sums.output += row.output_tokens
+        for name in (row.route, row.would):
+            if name in self._rules:
+                self._count(self._rules[name], row)
 
     def report(self) -> list[Saving]:
         """One a rule and alias that had calls, in the order of the settings."""
@@ -117,6 +113,19 @@ class Savings:
                     )
                 )
         return found
+
+    def _count(self, rule: Route, row: Row) -> None:
+        other = self._other(rule, row.alias)
+        if other is None or row.cost is None or row.output_tokens is None:
+            return
+        elsewhere = cost(self._price(other), row.input_tokens, row.cached_tokens, row.output_tokens)
+        if elsewhere is None:
+            return
+        sums = self._sums[rule.name, row.alias, row.model_id, row.effort]
+        sums.calls += 1
+        sums.spent += row.cost
+        sums.elsewhere += elsewhere
+        sums.output += row.output_tokens
 
     def _other(self, rule: Route, alias: str) -> Arm | None:
         """Where the calls do not go now: the rule's target in shadow mode, else the alias itself."""
@@ -157,17 +166,20 @@ def savings(settings: Settings, rows: Iterable[Row]) -> list[Saving]:
 
 
 def lines(report: Iterable[Saving]) -> list[str]:
-    """For people: a line each."""
+    """For people: a line each. The share is of what the calls cost, or would have cost, without the rule."""
     found: list[str] = []
     for each in report:
-        verb = "would save" if each.mode == "shadow" else "saves"
-        share = f" ({each.price / each.spent:.0%} of ${each.spent / 1e6:,.2f})" if each.spent else ""
-        effort = (
-            "with the effort's own output lengths: too few calls to tell"
-            if each.effort is None
-            else f"with the effort's own output lengths: ${each.effort / 1e6:,.2f}"
-        )
+        shadow = each.mode == "shadow"
+        without = each.spent if shadow else each.spent + each.price
+        share = f" ({each.price / without:.0%} of {_dollars(without)})" if without else ""
+        effort = "too few calls to tell" if each.effort is None else _dollars(each.effort)
         found.append(
-            f"{each.route} ({each.alias}, {each.calls} calls) {verb} ${each.price / 1e6:,.2f}{share}; {effort}"
+            f"{each.route} ({each.alias}, {each.calls} calls) {'would save' if shadow else 'saves'} "
+            f"{_dollars(each.price)}{share} by price; with the effort's own output lengths: {effort}"
         )
     return found
+
+
+def _dollars(micro: int) -> str:
+    dollars = micro / 1_000_000
+    return f"${dollars:,.2f}" if abs(dollars) >= 1 else f"${dollars:.4f}"

@@ -101,6 +101,10 @@ class Server:
         if self._reloader is not None:
             self._reloader.reload()
 
+    @property
+    def is_reloading(self) -> bool:
+        return self._reloader is not None and self._reloader.reloading
+
     async def run(self) -> None:
         settings = self._settings
         upstreams = Upstreams()
