@@ -1,9 +1,9 @@
 """Writes run.txt and dev.txt: every package but torch, pinned with hashes. `make lock` calls this.
 
-`run.txt` is pyproject's dependencies and the `engine` extra; `dev.txt` adds the extras `oracle` and `dev`. Versions
-already in the files are kept; give pip-compile's `--upgrade` or `--upgrade-package NAME` to raise them. torch is left
-out (torch.txt says why); of what torch needs, the pure Python packages are in run.txt and the vendor libraries of its
-GPU builds come with torch.
+`run.txt` is pyproject's dependencies and the `engine` extra; `dev.txt` adds the extras that tests use. Versions already
+in the files are kept; give pip-compile's `--upgrade` or `--upgrade-package NAME` to raise them. torch is left out
+(torch.txt says why); of what torch needs, the pure Python packages are in run.txt and the vendor libraries of its GPU
+builds come with torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OWN_PINS = ("torch",)
+TESTED_EXTRAS = ("engine", "oracle", "postgres", "parquet", "otel", "dev")
 # What torch 2.13 needs on every platform; the lock is made without torch, so pip-compile cannot see these.
 TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
 HEADER = """\
@@ -51,9 +52,7 @@ def main(options: list[str]) -> None:
     run, dev = HERE / "run.txt", HERE / "dev.txt"
     compile_lock([*requirements("engine"), *TORCH_NEEDS], run, "What Freehold runs with", options)
     pinned = [line.split()[0] for line in run.read_text().splitlines() if "==" in line]
-    compile_lock(
-        [*requirements("engine", "oracle", "dev"), *pinned], dev, "What Freehold runs and is tested with", options
-    )
+    compile_lock([*requirements(*TESTED_EXTRAS), *pinned], dev, "What Freehold runs and is tested with", options)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 
 from freehold.errors import FreeholdError
-from freehold.gateway.call import Decision, Endpoint, Price, Request, Target
+from freehold.gateway.call import Decision, Endpoint, Request, Target
 from freehold.gateway.config import Upstream
 from freehold.gateway.identity import new_id
 from freehold.gateway.meter import Meter
+from freehold.gateway.prices import cost
 from freehold.ledger import ErrorClass, Row
 
 _BYTES_A_TOKEN = 4  # of text, about: for the input of an answer that ended before its usage
@@ -109,6 +110,7 @@ class Attempt:
             weights=self.upstream.models[target.model_id].weights,
             prompt_name=request.prompt_name,
             prompt_version=request.prompt_version,
+            task=request.task,
             effort=request.effort if target.effort is None else target.effort,
             streamed=request.stream,
             data_class=request.data_class,
@@ -143,11 +145,3 @@ class Attempt:
         if meter.input_tokens is not None:
             return cost(self.target.price, meter.input_tokens, meter.cached_tokens or 0, output or 0)
         return cost(self.target.price, -(-len(self.request.body) // _BYTES_A_TOKEN), 0, output or 0)
-
-
-def cost(price: Price, input_tokens: int, cached_tokens: int, output_tokens: int) -> int:
-    """Micro-dollars, rounded up to one: a call is never free because it is small."""
-    cached_price = price.input if price.cached_input is None else price.cached_input
-    cached = min(cached_tokens, input_tokens)
-    millionths = (input_tokens - cached) * price.input + cached * cached_price + output_tokens * price.output
-    return -(-millionths // 1_000_000)

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
+from freehold.gateway import feedback
+from freehold.gateway.admin_routes import admin_routes
+from freehold.gateway.canaries import Canaries
 from freehold.gateway.config import Settings
+from freehold.gateway.experiment_ledger import ExperimentLedger
+from freehold.gateway.judge import Judge
 from freehold.gateway.kept import open_kept
+from freehold.gateway.metrics import GatewayMetrics
 from freehold.gateway.parts import Parts
-from freehold.gateway.simple import WeightedRouter
+from freehold.gateway.policy import check_addresses
+from freehold.gateway.router import Router
+from freehold.gateway.savings import Savings
+from freehold.gateway.telemetry import exporting
+from freehold.gateway.upstream import auth_headers
 
 
-async def build_parts(settings: Settings) -> Parts:
-    """The parts of a gateway with these settings; of them only the store is started. Raises ConfigError."""
-    router = WeightedRouter(settings)
+async def build_parts(settings: Settings, base_url: str) -> Parts:
+    """The parts of a gateway with these settings; of them only the store is started. base_url: its own, for a judge.
+
+    Raises ConfigError; then nothing is left open.
+    """
+    await asyncio.to_thread(check_addresses, settings)
+    spans = [exporting(settings.telemetry.endpoint)] if settings.telemetry.endpoint else []
     kept = await open_kept(settings)
+    try:
+        experiments = Canaries(ExperimentLedger(kept.store), settings)
+        router = Router(settings, await kept.store.secret("assign"), experiments, auth_headers)
+        judge = Judge(settings, base_url, kept.store.note, time.time)
+    except BaseException:
+        await kept.store.stop()
+        raise
+    metrics, savings = GatewayMetrics(), Savings(settings)
     return Parts(
         keys=kept.keys,
         router=router,
         admission=kept.admission,
         store=kept.store,
-        samplers=(kept.texts,),
-        configured=(kept.keys, router, kept.admission, kept.texts, kept.log),
+        observers=(metrics, savings, router.learn, *spans),
+        samplers=(judge, kept.texts, *spans),
+        routes={
+            "GET /metrics": metrics.route,
+            **feedback.routes(kept.store.note, time.time),
+            **experiments.routes(),
+            **admin_routes(router.fleet, savings),
+        },
+        configured=(kept.keys, experiments, router, kept.admission, judge, kept.texts, kept.log),
+        background=(router.run, experiments.run, judge.run),
         identity=kept.identity,
     )

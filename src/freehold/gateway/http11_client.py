@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from freehold.gateway.outbound import Broken
+from freehold.gateway.policy import is_local_address
 
 IDLE_SECONDS: Final = 20.0  # shorter than servers keep theirs: a request on one that is just being closed is lost
 MAX_HEADER_BYTES: Final = 65_536
@@ -26,6 +27,7 @@ class Http11:
     """Connections to any number of addresses, on the running event loop."""
 
     def __init__(self) -> None:
+        self.local_only = False
         self._loop = asyncio.get_running_loop()
         self._pools: dict[str, _Pool] = {}
         self._tls = ssl.create_default_context()
@@ -67,6 +69,9 @@ class Http11:
         except OSError as error:  # refused, no such name, a certificate that is not trusted
             words = error.strerror or str(error) or type(error).__name__
             raise Broken(f"cannot connect: {words}", before_answer=True) from None
+        if self.local_only and not is_local_address(str(connection.transport.get_extra_info("peername")[0])):
+            connection.transport.abort()
+            raise Broken(f"air-gapped: {pool.host} is not a local address", before_answer=True)
         return connection
 
     def _sweep(self) -> None:

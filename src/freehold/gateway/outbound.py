@@ -32,7 +32,12 @@ class Incoming(Protocol):
 
 
 class Outbound(Protocol):
-    """Redirects are not followed, cookies not kept, proxies of the environment not used, nothing is retried."""
+    """Redirects are not followed, cookies not kept, proxies of the environment not used, nothing is retried.
+
+    local_only: connect to private and loopback addresses only, whatever a name may have come to mean.
+    """
+
+    local_only: bool
 
     async def post(self, url: str, head: bytes, body: bytes, connect_seconds: float) -> Incoming:
         """head: header lines, each with its end. Returns with the headers of the answer. Raises Broken, ValueError."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import socket
+
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from freehold.gateway.outbound import Broken
+from freehold.gateway.policy import LocalResolver
 
 
 class Aiohttp:
     """Made on the event loop."""
 
     def __init__(self) -> None:
+        self.local_only = False
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20, resolver=_Resolver(self)),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,
@@ -42,6 +47,20 @@ class Aiohttp:
 
     async def close(self) -> None:
         await self._session.close()
+
+
+class _Resolver(AbstractResolver):
+    def __init__(self, owner: Aiohttp) -> None:
+        self._owner = owner
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        resolver = LocalResolver() if self._owner.local_only else aiohttp.ThreadedResolver()
+        return await resolver.resolve(host, port, family)
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
 
 class _Incoming:

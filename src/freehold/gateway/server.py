@@ -110,7 +110,7 @@ class Server:
         upstreams = Upstreams()
         try:
             upstreams.configure(settings)
-            parts = self._finish(settings, await build_parts(settings))
+            parts = self._finish(settings, await build_parts(settings, base_url(self._socket)))
             await parts.store.start()
             try:
                 hasher = Hasher(parts.identity or read_or_make_key(settings.gateway.data_dir))

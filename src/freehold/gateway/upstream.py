@@ -73,6 +73,7 @@ class Upstreams:
         keys = {name: read_key(name, upstream) for name, upstream in settings.upstreams.items()}
         self._heads = {name: _head(settings.upstreams[name], key) for name, key in keys.items()}
         self._connect = {name: upstream.timeouts.connect for name, upstream in settings.upstreams.items()}
+        self._outbound.local_only = settings.gateway.air_gapped
         self._secrets = tuple(sorted({key.encode() for key in keys.values() if key}, key=len, reverse=True))
 
     async def post(
@@ -137,11 +138,20 @@ def _head(upstream: Upstream, key: str) -> bytes:
         b"content-type: application/json\r\naccept: application/json, text/event-stream\r\n"
         b"accept-encoding: identity\r\nuser-agent: freehold-gateway\r\n"
     )
+    return head + b"".join(b"%b: %b\r\n" % (n.encode(), v.encode()) for n, v in _authorization(upstream, key).items())
+
+
+def auth_headers(name: str, upstream: Upstream) -> Mapping[str, str]:
+    """What shows an upstream who asks; {} if it needs nothing. Raises ConfigError."""
+    return _authorization(upstream, read_key(name, upstream))
+
+
+def _authorization(upstream: Upstream, key: str) -> Mapping[str, str]:
     if key and upstream.auth == "bearer":
-        head += b"authorization: Bearer %b\r\n" % key.encode()
-    elif key and upstream.auth == "x-api-key":
-        head += b"x-api-key: %b\r\n" % key.encode()
-    return head
+        return {"authorization": f"Bearer {key}"}
+    if key and upstream.auth == "x-api-key":
+        return {"x-api-key": key}
+    return {}
 
 
 def _one_line(value: str) -> bytes:
