@@ -247,7 +247,7 @@ class _Simulation:
         self._count(self.now - began, len(step.seqs), bool(scheduler.waiting))
         self._update(step, {seq.request_id for seq in decodes}, prompts_done, prompts_work)
         self.passed = _Passed(began, self.now, add(self.work, before, -1.0))
-        if not chunks and preempted == scheduler.counters.preemptions:
+        if preempted == scheduler.counters.preemptions:
             self._leap(step)
 
     def _sorted(self, step: StepInput) -> tuple[list[ScheduledSeq], list[Chunk]]:
@@ -306,27 +306,31 @@ class _Simulation:
     # ── many steps ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _leap(self, step: StepInput) -> None:
-        """The equal steps that follow, up to the next that comes."""
-        running = self.scheduler.running
-        steps = min(steady_steps(self.scheduler, step, math.ceil(self.loop.acceptance)), _MOST_AT_ONCE)
+        """The equal steps that follow, up to and with the one in which the next call comes."""
+        running, gain = self.scheduler.running, self.loop.acceptance
+        carried = [self.flights[request.request_id].carry for request in running]
+        steps = min(steady_steps(self.scheduler, step, gain, carried), _MOST_AT_ONCE)
         if steps < 1:
             return
-        gain = self.loop.acceptance
+        contexts = [len(request.token_ids) for request in running]
         if self.coming:
-            one = seconds(self._decode_work(running, gain), self.factors)
-            steps = min(steps, int((self.coming[0][0] - self.now) / one))
-            if steps < 1:
+            until = self.coming[0][0] - self.now
+            if until <= _SOON:
                 return
-        work = tuple(steps * amount for amount in self._decode_work(running, (steps - 1) / 2 * gain))
+            one = seconds(self._decode_work(contexts, gain), self.factors)
+            steps = min(steps, math.ceil(until / one))
+        work = tuple(steps * amount for amount in self._decode_work(contexts, (steps - 1) / 2 * gain))
         began = self.now
         self._pass(work)
         self._count(self.now - began, len(running), bool(self.scheduler.waiting))
         self.passed = _Passed(began, self.now, work)
         leap(self.scheduler, [self._tokens(request.request_id, steps) for request in running])
 
-    def _decode_work(self, running: Sequence[Request], more: float) -> Work:
+    def _decode_work(self, contexts: Sequence[int], more: float) -> Work:
         """A decode step of all, when each has `more` tokens more than now."""
-        topk = self.times.topk
-        contexts = [request.num_tokens + more for request in running]
-        seen = sum(min(context, topk) for context in contexts)
-        return self.times.decode(len(contexts), seen, sum(contexts), self.factors)
+        topk, count = self.times.topk, len(contexts)
+        if min(contexts) + more >= topk:
+            seen = float(count * topk)
+        else:
+            seen = sum(min(context + more, topk) for context in contexts)
+        return self.times.decode(count, seen, sum(contexts) + count * more, self.factors)
