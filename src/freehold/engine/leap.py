@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import repeat
 
 from freehold.engine.scheduler import Scheduler
 from freehold.engine.step import StepInput
@@ -29,7 +28,7 @@ def steady_steps(scheduler: Scheduler, step: StepInput, rate: float, carried: Se
     if not running or (scheduler.waiting and len(step.seqs) != len(running)):
         return 0  # somebody ended: the next step may admit another
     least = math.inf
-    for request, over in zip(running, carried or repeat(0.0)):
+    for request, over in zip(running, carried or [0.0] * len(running), strict=True):
         if request.num_computed_tokens != len(request.token_ids) - 1:
             return 0  # prompts are being computed
         least = min(least, request.params.max_tokens - len(request.output_token_ids) - over)
@@ -60,7 +59,5 @@ def leap(scheduler: Scheduler, tokens: Sequence[int]) -> None:
         positions, table = scheduler.positions_wanted(request, count - 1), request.table
         if positions > len(table.blocks) * blocks.block_size and not blocks.extend(table, positions):
             raise EngineError("leap: the cache has no room for so many steps")  # excluded by steady_steps()
-        zeros = [0] * count
-        request.token_ids += zeros
-        request.output_token_ids += zeros
+        request.extend([0] * count)
         request.num_computed_tokens = len(request.token_ids) - 1

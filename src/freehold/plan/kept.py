@@ -1,4 +1,4 @@
-"""Efficiencies of one's own, as `freehold plan calibrate` writes and `--efficiencies` reads them. Torch-free."""
+"""Efficiencies: those that Freehold comes with, and one's own, which `freehold plan calibrate` writes. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from freehold.errors import ConfigError
+from freehold.plan.measured import table
 from freehold.plan.roofline import Efficiencies
+
+
+def bundled() -> Efficiencies:
+    """The efficiencies that Freehold comes with."""
+    return Efficiencies(**table()["efficiencies"])
 
 
 def efficiencies_toml(efficiencies: Efficiencies, sources: Sequence[str]) -> str:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from freehold.errors import InvalidRequest
+from freehold.plan.drawing import Drawing
 
 _MOST_TOKENS = 100_000_000
 _PROMPT = ("prompt_tokens", "input_tokens", "input_length", "prompt_len")
@@ -39,9 +38,8 @@ class Lengths:
     def mean(self) -> float:
         return (self.low + self.high) / 2
 
-    def draw(self, random: np.random.RandomState, count: int) -> list[int]:
-        """`count` lengths. The legacy generator, because public load generators draw with it."""
-        return [int(length) for length in random.randint(self.low, self.high + 1, size=count)]
+    def draw(self, drawing: Drawing, count: int) -> list[int]:
+        return drawing.integers(self.low, self.high, count)
 
     def __str__(self) -> str:
         return f"{self.low:,}" if self.low == self.high else f"{self.low:,} to {self.high:,}"

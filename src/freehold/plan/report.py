@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from freehold.plan.answer import Plan
-from freehold.plan.calibrate import Recalibrated, mape
 from freehold.plan.cost import Crossing
 from freehold.plan.layouts import engines
 from freehold.plan.search import Option
@@ -48,13 +47,13 @@ def print_plan(plan: Plan, console: Console) -> None:
 def sections(plan: Plan) -> Iterator[tuple[str, list[str | Table]]]:
     """Titles with their blocks: paragraphs and tables."""
     yield _heading(plan), [*_recommended(plan)]
-    yield "Memory of a GPU", [memory_table(plan), *_wrapped(memory_words(plan))]
-    yield "Speed", [speed_table(plan), *_wrapped(speed_words(plan))]
-    yield "Cost", [cost_table(plan), *_wrapped(cost_words(plan))]
-    yield "Against APIs", [api_table(plan), *_wrapped(api_words(plan))]
-    yield "The choice, and what no other option beats", [front_table(plan), *_wrapped(other_words(plan))]
+    yield "Memory of a GPU", [memorytable_of(plan), *_wrapped(memory_words(plan))]
+    yield "Speed", [speedtable_of(plan), *_wrapped(speed_words(plan))]
+    yield "Cost", [costtable_of(plan), *_wrapped(cost_words(plan))]
+    yield "Against APIs", [apitable_of(plan), *_wrapped(api_words(plan))]
+    yield "The choice, and what no other option beats", [fronttable_of(plan), *_wrapped(other_words(plan))]
     if plan.sensitivities:
-        yield "What the answer depends on", [sensitivity_table(plan)]
+        yield "What the answer depends on", [sensitivitytable_of(plan)]
     for started in plan.started:
         engine = engines()[started.option.candidate.engine]
         blocks: list[str | Table] = [started.launch.shell(rank) for rank in range(len(started.launch.commands))]
@@ -102,8 +101,8 @@ def memory_parts(option: Option, sequences_tokens: float) -> list[tuple[str, flo
     return [*parts, ("engine overhead", overhead), ("kept free", outside + max(0.0, slack))]
 
 
-def memory_table(plan: Plan) -> Table:
-    table = _table("", "bytes", "GB", "")
+def memorytable_of(plan: Plan) -> Table:
+    table = table_of("", "bytes", "GB", "")
     memory = plan.chosen.candidate.gpu.memory
     for name, size in memory_parts(plan.chosen, plan.question.workload.tokens_in_flight(_in_flight(plan.chosen))):
         mark = "i" if name in ("engine overhead", "cache in use", "cache free", "kept free") else ""
@@ -135,8 +134,8 @@ def memory_words(plan: Plan) -> list[str]:
 # ── speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def speed_table(plan: Plan) -> Table:
-    table = _table("one replica", "p50", "p90", "p99", "mean", "")
+def speedtable_of(plan: Plan) -> Table:
+    table = table_of("one replica", "p50", "p90", "p99", "mean", "")
     speed = plan.chosen.speed
 
     def row(name: str, percentiles: Percentiles) -> None:
@@ -180,8 +179,8 @@ def speed_words(plan: Plan) -> list[str]:
 # ── cost ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cost_table(plan: Plan) -> Table:
-    table = _table("", "US dollars", "from", "to", "")
+def costtable_of(plan: Plan) -> Table:
+    table = table_of("", "US dollars", "from", "to", "")
     cost = plan.chosen.cost
     rows: list[tuple[str, Figure | None]] = [
         ("an hour, all machines and staff", cost.per_hour),
@@ -211,8 +210,8 @@ def cost_words(plan: Plan) -> list[str]:
     ]
 
 
-def api_table(plan: Plan) -> Table:
-    table = _table("API", "a request", "a task", "cheaper from", "for good from", "between")
+def apitable_of(plan: Plan) -> Table:
+    table = table_of("API", "a request", "a task", "cheaper from", "for good from", "between")
     output = plan.economics.tokens.output
     for found in plan.crossovers:
         task = plan.api_task.get(found.api.key)
@@ -254,8 +253,8 @@ def api_words(plan: Plan) -> list[str]:
 # ── alternatives ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def front_table(plan: Plan) -> Table:
-    table = _table("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
+def fronttable_of(plan: Plan) -> Table:
+    table = table_of("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
     shown: set[tuple[object, ...]] = set()
     for option in (plan.chosen, *plan.found.front):
         candidate = option.candidate
@@ -299,8 +298,8 @@ def other_words(plan: Plan) -> list[str]:
     return words
 
 
-def sensitivity_table(plan: Plan) -> Table:
-    table = _table("assumption", "values", "$/M out, with prompts", "choice")
+def sensitivitytable_of(plan: Plan) -> Table:
+    table = table_of("assumption", "values", "$/M out, with prompts", "choice")
     for item in plan.sensitivities:
         costs = [
             "none" if point.option is None else dollars(point.option.cost.per_mtok_whole.value) for point in item.points
@@ -322,9 +321,9 @@ def maker_words(plan: Plan) -> list[str]:
     return [f"Weights by {maker.name}, licence {licence} ({source}).", *maker.notes]
 
 
-def compare_table(plans: Sequence[Plan]) -> Table:
+def comparetable_of(plans: Sequence[Plan]) -> Table:
     """Several hardware options side by side, each with its chosen option."""
-    table = _table("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
+    table = table_of("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
     for plan in plans:
         option, candidate = plan.chosen, plan.chosen.candidate
         rate = (option.speed.input_rate.value + option.speed.output_rate.value) / candidate.layout.gpus
@@ -347,49 +346,12 @@ def refusal_lines(refusals: Mapping[str, str]) -> list[str]:
     return [f"{name}: {why}" for name, why in refusals.items()]
 
 
-def calibration_table(found: Recalibrated) -> list[Table]:
-    """Efficiencies before and after, and the error of every run with both."""
-    factors = _table("efficiency", "after")
-    for name, value in found.efficiencies.as_dict().items():
-        shown = f"{value:.1%} of the peak" if name in ("memory", "compute", "links") else f"{value * 1e6:,.1f} us"
-        factors.add_row(name, shown)
-    errors = _table("run", "TTFT before", "after", "TPOT before", "TPOT after")
-    for old, new in zip(found.before, found.after, strict=True):
-        cells = ["" if error is None else f"{error:+.1%}" for error in (old.ttft, new.ttft, old.tpot, new.tpot)]
-        errors.add_row(old.run.name, *cells)
-    means = [
-        f"{mape(values):.1%}" if any(value is not None for value in values) else ""
-        for values in (
-            [one.ttft for one in found.before],
-            [one.ttft for one in found.after],
-            [one.tpot for one in found.before],
-            [one.tpot for one in found.after],
-        )
-    ]
-    errors.add_row("mean absolute error", *means)
-    return [factors, errors]
-
-
-def calibration_as_dict(found: Recalibrated) -> dict[str, Any]:
-    """For JSON: efficiencies, and relative errors (predicted over measured, minus 1) before and after."""
-    return {
-        "efficiencies": found.efficiencies.as_dict(),
-        "runs": [
-            {
-                "run": old.run.name,
-                "ttft": {"measured": old.run.ttft, "before": old.ttft, "after": new.ttft},
-                "tpot": {"measured": old.run.tpot, "before": old.tpot, "after": new.tpot},
-            }
-            for old, new in zip(found.before, found.after, strict=True)
-        ],
-    }
-
-
 def _in_flight(option: Option) -> float:
     return option.speed.concurrency
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table; columns of numbers are set to the right."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)

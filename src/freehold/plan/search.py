@@ -58,8 +58,13 @@ class Option:
 
     @property
     def objectives(self) -> tuple[float, float, float]:
-        """What is to be small: dollars a million output tokens and their prompts, seconds a token, to the first one."""
-        return (self.cost.per_mtok_whole.value, self.speed.tpot.p90.value, self.speed.ttft.p90.value)
+        """What is to be small: dollars a million output tokens and their prompts, seconds a token, to the first one.
+
+        To nine digits: options that differ in the order of some sums must count as equal.
+        """
+        figures = (self.cost.per_mtok_whole, self.speed.tpot.p90, self.speed.ttft.p90)
+        cost, tpot, ttft = (float(f"{figure.value:.9g}") for figure in figures)
+        return cost, tpot, ttft
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import numpy as np
+from itertools import accumulate
 
 from freehold.plan.accuracy import Expected, expected
-from freehold.plan.calibrate import bundled
 from freehold.plan.cost import Weights
+from freehold.plan.drawing import Drawing, mean, percentile
+from freehold.plan.kept import bundled
 from freehold.plan.lengths import Call
 from freehold.plan.roofline import Chunk, Efficiencies, StepTimes, seconds
 from freehold.plan.search import Candidate
@@ -138,7 +138,7 @@ class Speeds:
         whole = [one.last - one.sent for one in run.served]
         if load.rate is None:
             assert load.concurrency is not None
-            rate = load.concurrency / float(np.mean(whole))
+            rate = load.concurrency / mean(whole)
         else:
             # As many end as come, unless the queue grows without end.
             rate = min(load.rate, run.finished / run.seconds)
@@ -153,7 +153,7 @@ class Speeds:
             output_rate=rates[2],
             request_rate=rates[3],
             goodput=worth.of_rate(rate * sum(within) / len(within)),
-            concurrency=rate * float(np.mean(whole)),
+            concurrency=rate * mean(whole),
             starved=run.starved,
             meets_slo=100.0 * sum(within) / len(within) >= self.slo.percentile,
         )
@@ -179,9 +179,8 @@ def _loop(load: Workload, gain: float, share: float) -> Loop:
     """The calls of a simulation: in its stride if the loop is closed, Poisson arrivals if it is open."""
     if load.rate is not None:
         count = round(_MOST * share)
-        random = np.random.RandomState(_SEED)
-        gaps = random.exponential(1 / load.rate, size=count)
-        return Loop(load.draw(count, _SEED), arrivals=[float(at) for at in np.cumsum(gaps)], acceptance=gain)
+        arrivals = list(accumulate(Drawing(_SEED).exponential(1 / load.rate, count)))
+        return Loop(load.draw(count, _SEED), arrivals=arrivals, acceptance=gain)
     assert load.concurrency is not None
     measured = round(min(max(_FEWEST, load.concurrency), _MOST) * share)
     # Others go on while the last of the measured ones finish, as they would.
@@ -192,14 +191,15 @@ def _loop(load: Workload, gain: float, share: float) -> Loop:
 def _begun(load: Workload) -> Sequence[Call]:
     """Calls in the middle of their answers: their prompts and what they have said are in the cache."""
     assert load.concurrency is not None
-    random = np.random.RandomState(_SEED + 1)
+    drawing = Drawing(_SEED + 1)
     begun = []
     for call in load.draw(load.concurrency, _SEED + 1):
-        done = min(call.output - 1, int(random.uniform(0, call.output)))
+        done = min(call.output - 1, int(drawing.uniform(0, call.output)))
         begun.append(Call(call.prompt + done, call.output - done, call.prompt + done))
     return begun
 
 
 def _percentiles(values: Sequence[float], figure: Callable[[float], Figure]) -> Percentiles:
-    p50, p90, p99 = (figure(float(value)) for value in np.percentile(values, [50, 90, 99]))
-    return Percentiles(p50, p90, p99, figure(float(np.mean(values))))
+    ordered = sorted(values)
+    p50, p90, p99 = (figure(percentile(ordered, percent)) for percent in (50, 90, 99))
+    return Percentiles(p50, p90, p99, figure(mean(ordered)))
