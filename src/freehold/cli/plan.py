@@ -122,13 +122,14 @@ def calibrate(
     from freehold.plan.calibrate import recalibrate
     from freehold.plan.kept import efficiencies_toml
     from freehold.plan.measured import read_results
+    from freehold.plan.precedents import row_of
     from freehold.plan.recalibrated import calibration_as_dict, calibration_table
 
     setup = setup_of(model, on, engine, tp, cache)
     runs = [read_results(path, setup, drafts=drafts, acceptance=acceptance) for path in results]
     found = recalibrate(runs, with_bundled=bundled)
     if save is not None:
-        save.write_text(efficiencies_toml(found.efficiencies, [str(path) for path in results]), encoding="utf-8")
+        save.write_text(efficiencies_toml(found.efficiencies, [row_of(run) for run in runs]), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(calibration_as_dict(found), indent=2))
     else:

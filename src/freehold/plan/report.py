@@ -47,13 +47,13 @@ def print_plan(plan: Plan, console: Console) -> None:
 def sections(plan: Plan) -> Iterator[tuple[str, list[str | Table]]]:
     """Titles with their blocks: paragraphs and tables."""
     yield _heading(plan), [*_recommended(plan)]
-    yield "Memory of a GPU", [memorytable_of(plan), *_wrapped(memory_words(plan))]
-    yield "Speed", [speedtable_of(plan), *_wrapped(speed_words(plan))]
-    yield "Cost", [costtable_of(plan), *_wrapped(cost_words(plan))]
-    yield "Against APIs", [apitable_of(plan), *_wrapped(api_words(plan))]
-    yield "The choice, and what no other option beats", [fronttable_of(plan), *_wrapped(other_words(plan))]
+    yield "Memory of a GPU", [memory_table(plan), *_wrapped(memory_words(plan))]
+    yield "Speed", [speed_table(plan), *_wrapped(speed_words(plan))]
+    yield "Cost", [cost_table(plan), *_wrapped(cost_words(plan))]
+    yield "Against APIs", [api_table(plan), *_wrapped(api_words(plan))]
+    yield "The choice, and what no other option beats", [front_table(plan), *_wrapped(other_words(plan))]
     if plan.sensitivities:
-        yield "What the answer depends on", [sensitivitytable_of(plan)]
+        yield "What the answer depends on", [sensitivity_table(plan)]
     for started in plan.started:
         engine = engines()[started.option.candidate.engine]
         blocks: list[str | Table] = [started.launch.shell(rank) for rank in range(len(started.launch.commands))]
@@ -101,7 +101,7 @@ def memory_parts(option: Option, sequences_tokens: float) -> list[tuple[str, flo
     return [*parts, ("engine overhead", overhead), ("kept free", outside + max(0.0, slack))]
 
 
-def memorytable_of(plan: Plan) -> Table:
+def memory_table(plan: Plan) -> Table:
     table = table_of("", "bytes", "GB", "")
     memory = plan.chosen.candidate.gpu.memory
     for name, size in memory_parts(plan.chosen, plan.question.workload.tokens_in_flight(_in_flight(plan.chosen))):
@@ -134,7 +134,7 @@ def memory_words(plan: Plan) -> list[str]:
 # ── speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def speedtable_of(plan: Plan) -> Table:
+def speed_table(plan: Plan) -> Table:
     table = table_of("one replica", "p50", "p90", "p99", "mean", "")
     speed = plan.chosen.speed
 
@@ -144,6 +144,10 @@ def speedtable_of(plan: Plan) -> Table:
 
     row("TTFT", speed.ttft)
     row("TPOT", speed.tpot)
+    if speed.measured is not None:
+        for name, figure in (("TTFT, measured run", speed.measured.ttft), ("TPOT, measured run", speed.measured.tpot)):
+            if figure is not None:
+                table.add_row(name, "", "", "", seconds(figure.value), basis(figure))
     return table
 
 
@@ -166,6 +170,7 @@ def speed_words(plan: Plan) -> list[str]:
             f"Requests waited for cache {speed.starved:.0%} of the time."
         ),
     ]
+    words += measured_words([plan.chosen])
     known = [(context, with_, without) for context, with_, without in plan.flops]
     if known:
         context, with_, without = known[-1]
@@ -176,10 +181,28 @@ def speed_words(plan: Plan) -> list[str]:
     return words
 
 
+def measured_words(options: Sequence[Option]) -> list[str]:
+    """The measured runs of these options beside what is predicted of them, each run once."""
+    words: dict[str, None] = {}
+    for option in options:
+        speed, run = option.speed, option.speed.measured
+        if run is not None:
+            said = [
+                f"mean {name} {seconds(measured.value)}, predicted {span(percentiles.mean, seconds)}"
+                for name, percentiles, measured in (("TTFT", speed.ttft, run.ttft), ("TPOT", speed.tpot, run.tpot))
+                if measured is not None
+            ]
+            words[
+                f"Measured: {'; '.join(said)}. {run.run}; a whole run, its first burst included "
+                f"({run.source.where}, {run.source.date})."
+            ] = None
+    return list(words)
+
+
 # ── cost ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def costtable_of(plan: Plan) -> Table:
+def cost_table(plan: Plan) -> Table:
     table = table_of("", "US dollars", "from", "to", "")
     cost = plan.chosen.cost
     rows: list[tuple[str, Figure | None]] = [
@@ -210,7 +233,7 @@ def cost_words(plan: Plan) -> list[str]:
     ]
 
 
-def apitable_of(plan: Plan) -> Table:
+def api_table(plan: Plan) -> Table:
     table = table_of("API", "a request", "a task", "cheaper from", "for good from", "between")
     output = plan.economics.tokens.output
     for found in plan.crossovers:
@@ -253,7 +276,7 @@ def api_words(plan: Plan) -> list[str]:
 # ── alternatives ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def fronttable_of(plan: Plan) -> Table:
+def front_table(plan: Plan) -> Table:
     table = table_of("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
     shown: set[tuple[object, ...]] = set()
     for option in (plan.chosen, *plan.found.front):
@@ -289,6 +312,8 @@ def other_words(plan: Plan) -> list[str]:
             "nearly the same, the one with the fewest stages, attention groups and machines is recommended."
         ),
     ]
+    others = [option for option in found.options if option.speed.measured != plan.chosen.speed.measured]
+    words += measured_words(others)
     by_reason: dict[str, list[str]] = {}
     for item in found.unknown:
         by_reason.setdefault(item.why, []).append(str(item.candidate.layout))
@@ -298,7 +323,7 @@ def other_words(plan: Plan) -> list[str]:
     return words
 
 
-def sensitivitytable_of(plan: Plan) -> Table:
+def sensitivity_table(plan: Plan) -> Table:
     table = table_of("assumption", "values", "$/M out, with prompts", "choice")
     for item in plan.sensitivities:
         costs = [
@@ -321,7 +346,7 @@ def maker_words(plan: Plan) -> list[str]:
     return [f"Weights by {maker.name}, licence {licence} ({source}).", *maker.notes]
 
 
-def comparetable_of(plans: Sequence[Plan]) -> Table:
+def compare_table(plans: Sequence[Plan]) -> Table:
     """Several hardware options side by side, each with its chosen option."""
     table = table_of("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
     for plan in plans:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from freehold.cli.main import main
-from freehold.plan.kept import read_efficiencies
+from freehold.plan.kept import read_kept
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_calibrate_refits_and_saves(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = json.loads(capsys.readouterr().out)
     (run,) = found["runs"]
     assert abs(run["tpot"]["after"]) <= abs(run["tpot"]["before"])
-    assert read_efficiencies(saved).as_dict() == pytest.approx(found["efficiencies"], rel=1e-4)
+    assert read_kept(saved)[0].as_dict() == pytest.approx(found["efficiencies"], rel=1e-4)
     assert main(["plan", "calibrate", str(result)]) == 0
     assert "mean absolute error" in capsys.readouterr().out
 
