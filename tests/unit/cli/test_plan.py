@@ -140,3 +140,22 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert len(document["plans"]) == 1
     assert list(document["refused"]) == ["4 x H100 SXM"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--on", "cpu-server"], "add --engine freehold"),
+        (["--on", "8xdgx-spark"], "no engine is known to run it there"),
+        (["--on", "dgx-spark"], "not known to run it on DGX Spark"),
+        (["--on", "8xmi355x"], "give --gpu-price, or --own"),
+        (["--ttft", "inf"], "not endless"),
+    ],
+)
+def test_what_cannot_run_is_said_before_a_price_is_asked_for(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from freehold.cli.main import main
+
+    assert main(["plan", *arguments]) != 0
+    assert message in capsys.readouterr().err
