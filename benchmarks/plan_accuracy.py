@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from _common import Report, arguments
 
-from freehold.plan.calibrate import Outcome, Residual, bundled, fit, mape, outcome, residuals, solve
+from freehold.plan.calibrate import Outcome, Residual, fit, mape, outcome, residuals, solve
+from freehold.plan.kept import bundled
 from freehold.plan.measured import Measured, checks, runs
 from freehold.plan.roofline import CAUSES, Efficiencies, seconds
 

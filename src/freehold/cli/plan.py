@@ -35,15 +35,12 @@ def plan(
     if invocation.invoked_subcommand is not None:
         _refuse_options(invocation)
         return
-    from rich.console import Console
-
-    from freehold.plan.as_json import plan_as_dict
-    from freehold.plan.html import page
     from freehold.plan.planner import plan as solve
-    from freehold.plan.report import print_plan
 
     answer = solve(question_of(asked, on))
     if html is not None:
+        from freehold.plan.html import page
+
         html.write_text(page([answer]), encoding="utf-8")
     if manifest is not None:
         text = answer.started[0].manifest if answer.started else None
@@ -51,8 +48,14 @@ def plan(
             raise InvalidRequest("there is no manifest for this choice: no container image is known", param="manifest")
         manifest.write_text(text, encoding="utf-8")
     if as_json:
+        from freehold.plan.as_json import plan_as_dict
+
         typer.echo(json.dumps(plan_as_dict(answer), indent=2))
     else:
+        from rich.console import Console
+
+        from freehold.plan.report import print_plan
+
         print_plan(answer, Console(highlight=False, width=None))
 
 
@@ -119,13 +122,14 @@ def calibrate(
     from freehold.plan.calibrate import recalibrate
     from freehold.plan.kept import efficiencies_toml
     from freehold.plan.measured import read_results
-    from freehold.plan.report import calibration_as_dict, calibration_table
+    from freehold.plan.precedents import row_of
+    from freehold.plan.recalibrated import calibration_as_dict, calibration_table
 
     setup = setup_of(model, on, engine, tp, cache)
     runs = [read_results(path, setup, drafts=drafts, acceptance=acceptance) for path in results]
     found = recalibrate(runs, with_bundled=bundled)
     if save is not None:
-        save.write_text(efficiencies_toml(found.efficiencies, [str(path) for path in results]), encoding="utf-8")
+        save.write_text(efficiencies_toml(found.efficiencies, [row_of(run) for run in runs]), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(calibration_as_dict(found), indent=2))
     else:

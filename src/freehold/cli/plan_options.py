@@ -134,7 +134,7 @@ def question_of(asked: Asked, on: str) -> Question:
     """The question about one hardware option. Raises InvalidRequest and ConfigError for what makes no sense."""
     from freehold.plan.answer import Question
     from freehold.plan.hardware import cluster
-    from freehold.plan.kept import read_efficiencies
+    from freehold.plan.kept import read_kept
     from freehold.plan.models import load
     from freehold.plan.search import check_engines
 
@@ -144,6 +144,7 @@ def question_of(asked: Asked, on: str) -> Question:
     context = asked.context or workload.longest
     if context > limit:
         raise InvalidRequest(f"{context:,} tokens are more than {model.name}'s context of {limit:,}", param="context")
+    kept, runs = (None, ()) if asked.efficiencies is None else read_kept(asked.efficiencies)
     return Question(
         model=model,
         cluster=cluster(on),
@@ -153,7 +154,8 @@ def question_of(asked: Asked, on: str) -> Question:
         money=money_of(asked),
         context=context,
         cache=_cache(asked.cache),
-        efficiencies=None if asked.efficiencies is None else read_efficiencies(asked.efficiencies),
+        efficiencies=kept,
+        runs=runs,
     )
 
 
@@ -259,8 +261,8 @@ def _slo(asked: Asked) -> Slo:
 
     for name in ("ttft", "tpot"):
         value = getattr(asked, name)
-        if value is not None and not value > 0:
-            raise InvalidRequest(f"--{name} {value}: a promise is a time above 0", param=name)
+        if value is not None and not 0 < value < math.inf:
+            raise InvalidRequest(f"--{name} {value}: a promise is a time above 0 and not endless", param=name)
     if not 0 < asked.percentile < 100:
         raise InvalidRequest(f"--percentile {asked.percentile}: it lies between 0 and 100", param="percentile")
     return Slo(asked.ttft, asked.tpot, asked.percentile)

@@ -156,7 +156,7 @@ class BlockManager:
             self._acquire(block)
         table.epoch += 1
         table.blocks.extend(prefix)
-        table.blocks.extend(self._take() for _ in range(fresh))
+        self._take(fresh, table.blocks)
         table.num_published = len(prefix)
         return True
 
@@ -165,7 +165,7 @@ class BlockManager:
         missing = self.blocks_for(num_tokens) - len(table.blocks)
         if missing > self.num_free:
             return False
-        table.blocks.extend(self._take() for _ in range(missing))
+        self._take(missing, table.blocks)
         return True
 
     def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
@@ -198,10 +198,13 @@ class BlockManager:
             self._empty.append(self._evict_one())
         return victims
 
-    def _take(self) -> int:
-        block = self._empty.pop() if self._empty else self._evict_one()
-        self._references[block] = 1
-        return block
+    def _take(self, count: int, into: list[int]) -> None:
+        """Move `count` free blocks to the end of a table: empty ones first, then evicted ones."""
+        empty, references = self._empty, self._references
+        for _ in range(count):
+            block = empty.pop() if empty else self._evict_one()
+            references[block] = 1
+            into.append(block)
 
     def _acquire(self, block: int) -> None:
         if self._references[block] == 0:

@@ -97,9 +97,10 @@ class Request:
         """Tokens known so far: prompt and output."""
         return len(self.token_ids)
 
-    def append(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
-        self.output_token_ids.append(token_id)
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Add to the output."""
+        self.token_ids += token_ids
+        self.output_token_ids += token_ids
 
     def usage(self) -> Usage:
         return Usage(

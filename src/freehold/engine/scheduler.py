@@ -247,7 +247,7 @@ class Scheduler:
         if not request.announced:
             self._announce(request, new)
         start, stop = request.num_computed_tokens, request.num_computed_tokens + count
-        tokens = tuple(request.token_ids[start:stop])
+        tokens = (request.token_ids[start],) if count == 1 else tuple(request.token_ids[start:stop])
         table = request.table
         samples = stop == len(request.token_ids)
         following = None if samples else request.token_ids[stop]
@@ -271,7 +271,8 @@ class Scheduler:
         drafts = self.config.num_draft_tokens
         if not drafts:
             return known
-        return max(known, min(known + drafts, _cached_positions(request.num_prompt_tokens, request.params.max_tokens)))
+        most = _cached_positions(request.num_prompt_tokens, request.params.max_tokens)
+        return max(known, min(known + drafts, most))
 
     def preempt_youngest(self) -> Request | None:
         """Take the blocks of the youngest running request and queue it again, at the head."""
@@ -356,9 +357,9 @@ class Scheduler:
         self.counters.count_drafts(proposed, accepted)
 
     def _publish(self, request: Request) -> None:
-        table = request.table
-        if request.num_computed_tokens // self.blocks.block_size > table.num_published:
-            self.blocks.publish(table, request.token_ids, request.num_computed_tokens)
+        table, blocks = request.table, self.blocks
+        if blocks.enable_prefix_cache and request.num_computed_tokens // blocks.block_size > table.num_published:
+            blocks.publish(table, request.token_ids, request.num_computed_tokens)
 
     def _finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> TokenChunk:
         self._remove(request)
@@ -408,13 +409,16 @@ def _append(request: Request, token_ids: Sequence[int]) -> tuple[int, FinishReas
     room = request.params.max_tokens - len(request.output_token_ids)
     if room < 1:
         return 0, FinishReason.LENGTH  # max_tokens = 0: only the prompt was to be computed
-    for kept, token_id in enumerate(token_ids, 1):
-        request.append(token_id)
+    kept, reason = len(token_ids), None
+    for at, token_id in enumerate(token_ids, 1):
         if token_id in request.ending_ids:
-            return kept, FinishReason.STOP
-        if kept == room:
-            return kept, FinishReason.LENGTH
-    return len(token_ids), None
+            kept, reason = at, FinishReason.STOP
+            break
+        if at == room:
+            kept, reason = at, FinishReason.LENGTH
+            break
+    request.extend(token_ids[:kept])
+    return kept, reason
 
 
 def _cached_positions(num_prompt_tokens: int, max_tokens: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from freehold.plan.cost import Crossover, Economics, Point, Tenure
 from freehold.plan.emit import Deployment, Launch
+from freehold.plan.precedents import Row
 from freehold.plan.prices import Api, Maker, Owning
 from freehold.plan.roofline import Efficiencies
 from freehold.plan.search import Found, Option, Sensitivity
@@ -38,6 +39,7 @@ class Money:
 class Question:
     """What is asked. context: tokens that one sequence must have room for, at least the workload's longest.
     cache: instead of each engine's own format. efficiencies: of one's own, instead of those that come with Freehold.
+    runs: measured by oneself, to be shown beside predictions of the same setup.
     """
 
     model: ModelSpec
@@ -49,6 +51,7 @@ class Question:
     context: int
     cache: CacheFormat | None = None
     efficiencies: Efficiencies | None = None
+    runs: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freehold.errors import InvalidRequest
-from freehold.plan.measured import Measured, runs, table
+from freehold.plan.kept import bundled
+from freehold.plan.measured import Measured, runs
 from freehold.plan.roofline import CAUSES, Efficiencies, Work
 from freehold.plan.simulate import Served
 
@@ -199,11 +200,6 @@ def mape(errors: Iterable[float | None]) -> float:
     if not values:
         raise InvalidRequest("no run has this figure")
     return float(sum(values) / len(values))  # numpy's own numbers are no JSON
-
-
-def bundled() -> Efficiencies:
-    """The efficiencies that Freehold comes with."""
-    return Efficiencies(**table()["efficiencies"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def gpu_hour(gpu: Gpu, tenure: Tenure, owning: Owning, *, price: float | None = 
         if price is not None:
             return Figure.exact(price, "rent as given")
         if gpu.rent is None:
-            raise InvalidRequest(f"no rent is known for {gpu.name}; give --gpu-hour, or --own", param="gpu-hour")
+            raise InvalidRequest(f"no rent is known for {gpu.name}; give --gpu-price, or --own", param="gpu-hour")
         where = gpu.sources["rent"].where if "rent" in gpu.sources else "market"
         return Figure(gpu.rent.typical, gpu.rent.low, gpu.rent.high, "measured", f"rent: {where}")
     if price is None and gpu.capex is None:

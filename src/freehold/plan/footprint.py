@@ -25,12 +25,11 @@ from types import MappingProxyType
 
 from freehold.errors import InsufficientMemory
 from freehold.model.names import Part
-from freehold.plan.layouts import engines, layouts_of, replica_sizes, support
+from freehold.plan.layouts import LARGEST_REPLICA, engines, layouts_of, replica_sizes, support
 from freehold.plan.models import bundled, load
 from freehold.plan.types import CacheFormat, Cluster, Engine, Figure, Footprint, Gpu, Layout, ModelSpec, Module, Stored
 
 _OVER_TP: frozenset[Module] = frozenset({"q_b_proj", "kv_b_proj", "o_proj", "embed_tokens", "lm_head", "mlp"})
-_MOST = 1024  # GPUs of one replica that are tried before giving up
 _ABSORBED_BYTES = 2  # of an element of kv_b_proj in the BF16 copy that absorbed attention multiplies with
 
 
@@ -69,9 +68,9 @@ def rank_weights(model: ModelSpec, layout: Layout, engine: Engine, *, mtp: bool,
 def fewest_gpus(model: ModelSpec, gpu: Gpu, engine: Engine, *, mtp: bool = False, context: int = 1) -> int | None:
     """The fewest GPUs of this kind on which a layout has room for weights and a sequence of `context` tokens.
 
-    None if not even a thousand have.
+    None if not even the largest replica has.
     """
-    for gpus in replica_sizes(Cluster(gpu, _MOST)):
+    for gpus in replica_sizes(Cluster(gpu, LARGEST_REPLICA)):
         for layout in layouts_of(model, gpu, gpus, engine):
             if model.total_bytes > layout.gpus * gpu.memory:
                 continue
@@ -84,10 +83,12 @@ def refuse(model: ModelSpec, cluster: Cluster, engine: Engine, *, context: int =
     """The error for a model that fits in no layout: what it needs, and what would fit instead."""
     gpu = cluster.gpu
     fewest = fewest_gpus(model, gpu, engine, context=context)
-    needs = f"at least {fewest} of them" if fewest else f"more than {_MOST:,} of them"
+    needs = f"at least {fewest} of them" if fewest else f"more than {LARGEST_REPLICA} of them"
     others = [name for name in _smaller(model) if _fits_here(load(name), cluster, engine, context)]
     with_context = "" if context == 1 else f" with room for a sequence of {context:,} tokens"
     instead = f"; {' and '.join(others)} would fit" if others else ""
+    if not support(engine, gpu, model).runs:
+        instead += f". {engines()[engine].name} is not known to run it on {gpu.name} at all"
     return InsufficientMemory(
         f"{model.name} has {_gb(model.total_bytes)} of weights and does not fit on {cluster.gpus} x {gpu.name} "
         f"({_gb(gpu.memory * cluster.gpus)} in all){with_context}: it needs {needs}{instead}",

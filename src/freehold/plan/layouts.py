@@ -30,6 +30,8 @@ from freehold.plan.types import CacheFormat, Cluster, Engine, Figure, Gpu, Layou
 
 Status = Literal["runs", "patched", "none", "unknown"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+LARGEST_REPLICA = 256
+"""GPUs. Larger ones cost no less and fail as a whole; a larger cluster is planned as several."""
 _BLOCK = 128  # rows and columns that share a scale in FP8, weights of a row in W4A16
 
 
@@ -227,8 +229,8 @@ def _kv_rows(model: ModelSpec) -> int:
 
 
 def replica_sizes(cluster: Cluster) -> list[int]:
-    """GPUs of one replica: parts of a node that divide it, whole nodes, or the whole cluster."""
-    node, total = cluster.gpu.node, cluster.gpus
+    """GPUs of one replica: parts of a node that divide it, whole nodes, or the whole cluster if it is not too large."""
+    node, total = cluster.gpu.node, min(cluster.gpus, LARGEST_REPLICA)
     if cluster.gpu.domain > node:  # one fabric spans nodes: any power of two
         return [2**i for i in range(total.bit_length())]
     within = [size for size in _divisors(node) if size <= total]

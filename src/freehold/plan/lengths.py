@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from freehold.errors import InvalidRequest
+from freehold.plan.drawing import Drawing
 
 _MOST_TOKENS = 100_000_000
 _PROMPT = ("prompt_tokens", "input_tokens", "input_length", "prompt_len")
 _OUTPUT = ("completion_tokens", "output_tokens", "output_length", "output_len")
 _CACHED = ("cached_tokens", "cached_prompt_tokens", "cache_read_input_tokens")
-_TIME = ("timestamp", "started", "created", "time")
+_TIME = ("timestamp", "started", "created", "time", "at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +38,8 @@ class Lengths:
     def mean(self) -> float:
         return (self.low + self.high) / 2
 
-    def draw(self, random: np.random.RandomState, count: int) -> list[int]:
-        """`count` lengths. The legacy generator, because public load generators draw with it."""
-        return [int(length) for length in random.randint(self.low, self.high + 1, size=count)]
+    def draw(self, drawing: Drawing, count: int) -> list[int]:
+        return drawing.integers(self.low, self.high, count)
 
     def __str__(self) -> str:
         return f"{self.low:,}" if self.low == self.high else f"{self.low:,} to {self.high:,}"
@@ -72,19 +70,33 @@ def read_calls(path: str | Path) -> tuple[Call, ...]:
     Each line is an object with the tokens of prompt and output, by any of the names that OpenAI's and Anthropic's usage
     objects, Mooncake traces and ledgers use, at its top or under "usage"; cached tokens and a time where it has them.
     Other keys mean nothing here. Calls without output (failed ones) are left out.
+
+    Of a gateway's ledger (rows with `row_id` and `request_id`), one row of each request counts, its last attempt that
+    gave output; shadows, which no caller waited for, and notes do not.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: not readable: {error}", param="calls") from None
-    calls = [call for call in _parsed(path, text) if call.output > 0]
+    calls: list[Call] = []
+    answered: dict[str, Call] = {}  # of a ledger, by request
+    for row, call in _parsed(path, text):
+        if call is None or call.output < 1:
+            continue
+        request = row.get("request_id") if "row_id" in row else None
+        if isinstance(request, str):
+            answered.pop(request, None)  # a later attempt takes its place, in order of time too
+            answered[request] = call
+        else:
+            calls.append(call)
+    calls += answered.values()
     if not calls:
         raise InvalidRequest(f"{path}: no call with output tokens in it", param="calls")
     return tuple(calls)
 
 
-def _parsed(path: Path, text: str) -> Iterator[Call]:
+def _parsed(path: Path, text: str) -> Iterator[tuple[Mapping[str, Any], Call | None]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -95,9 +107,17 @@ def _parsed(path: Path, text: str) -> Iterator[Call]:
         if not isinstance(row, Mapping):
             raise InvalidRequest(f"{path}, line {number}: expected an object", param="calls")
         try:
-            yield _call(row)
+            yield row, None if _no_call(row) else _call(row)
         except InvalidRequest as error:
             raise InvalidRequest(f"{path}, line {number}: {error.message}", param="calls") from None
+
+
+def _no_call(row: Mapping[str, Any]) -> bool:
+    """Of a ledger: a note, a shadow, or an attempt whose tokens nobody counted."""
+    if "row_id" not in row:
+        return False
+    uncounted = row.get("input_tokens") is None or row.get("output_tokens") is None
+    return "request_id" not in row or bool(row.get("shadow_of")) or uncounted
 
 
 def _call(row: Mapping[str, Any]) -> Call:

@@ -20,10 +20,11 @@ from freehold.plan.cost import Crossover, Economics, Point, Weights, cost_of_fle
 from freehold.plan.emit import Deployment, launch
 from freehold.plan.flags import VERSIONS, ServingEngine
 from freehold.plan.flops import flops_per_token
-from freehold.plan.layouts import pp_note
+from freehold.plan.layouts import pp_note, support
 from freehold.plan.manifest import manifest_yaml
+from freehold.plan.precedents import precedent, published
 from freehold.plan.prices import HOURS_A_MONTH, maker
-from freehold.plan.search import Candidate, Found, Option, Sensitivity, search, sensitivity
+from freehold.plan.search import Candidate, Found, Option, Sensitivity, candidates, search, sensitivity
 from freehold.plan.speeds import Speeds
 from freehold.plan.types import Cost, Figure, Slo, Speed
 from freehold.plan.workload import Workload
@@ -64,11 +65,10 @@ class SpeedModel(Protocol):
 def plan(question: Question, speeds: SpeedModel | None = None) -> Plan:
     """The whole answer. Raises InsufficientMemory where nothing fits, InvalidRequest where nothing is known to run."""
     began = time.perf_counter()
-    speeds = speeds or Speeds(question.workload, question.slo, question.efficiencies)
+    speeds = speeds or Speeds(question.workload, question.slo, question.efficiencies, question.runs)
+    _refuse_what_cannot_run(question)  # before a price is asked for
     hour = gpu_hour(question.cluster.gpu, question.money.tenure, question.money.owning, price=question.money.price)
     found = _search(question, speeds, hour)
-    if not found.options:
-        raise _nothing_runs(question, found)
     chosen = _choose(found.options)
     sweep = _sweep(chosen, speeds)
     economics = _economics(question, chosen, hour, _capacity(chosen, sweep, question))
@@ -114,19 +114,28 @@ def _search(question: Question, speeds: SpeedModel, hour: Figure) -> Found:
     def cost_of(candidate: Candidate, speed: Speed) -> Cost:
         return _cost(question, candidate, speed, hour, speeds)
 
+    def measured(candidate: Candidate) -> bool:
+        load = question.workload.shared_by(candidate.replicas)
+        return precedent((*question.runs, *published()), candidate, load) is not None
+
     return search(
         question.model,
         question.cluster,
         question.engines,
         speed_of,
         cost_of,
-        drafts=(False, True) if question.workload.drafts else (False,),
+        drafts=_drafts(question),
         cache=question.cache,
         context=question.context,
         fewer=question.workload.open_loop,
         screen=speeds.bound,
         limit=_SCREENED,
+        keep=measured,
     )
+
+
+def _drafts(question: Question) -> tuple[bool, ...]:
+    return (False, True) if question.workload.drafts else (False,)
 
 
 def _choose(options: Sequence[Option]) -> Option:
@@ -144,10 +153,24 @@ def _choose(options: Sequence[Option]) -> Option:
     return min((option for option in alike if option.cost.per_mtok_whole.value <= most), key=complexity)
 
 
-def _nothing_runs(question: Question, found: Found) -> InvalidRequest:
-    whys = "; ".join(dict.fromkeys(item.why for item in found.unknown))
+def _refuse_what_cannot_run(question: Question) -> None:
+    """Raises InsufficientMemory where nothing fits, InvalidRequest where nothing is known to run."""
+    run, fit, _ = candidates(
+        question.model,
+        question.cluster,
+        question.engines,
+        drafts=_drafts(question),
+        cache=question.cache,
+        context=question.context,
+    )
+    if run:
+        return
+    whys = "; ".join(dict.fromkeys(item.why for item in fit))
+    embedded = "freehold" not in question.engines and support("freehold", question.cluster.gpu, question.model).runs
+    if embedded and fit[0].candidate.layout.gpus == 1:
+        whys += ". Freehold's own engine runs it there, for few callers: add --engine freehold"
     model, gpu = question.model.name, question.cluster.gpu.name
-    return InvalidRequest(f"{model} fits memory on {gpu}, but no engine is known to run it there: {whys}", param="on")
+    raise InvalidRequest(f"{model} fits memory on {gpu}, but no engine is known to run it there: {whys}", param="on")
 
 
 def _cost(question: Question, candidate: Candidate, speed: Speed, hour: Figure, speeds: SpeedModel) -> Cost:

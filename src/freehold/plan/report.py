@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from freehold.plan.answer import Plan
-from freehold.plan.calibrate import Recalibrated, mape
 from freehold.plan.cost import Crossing
 from freehold.plan.layouts import engines
 from freehold.plan.search import Option
@@ -103,7 +102,7 @@ def memory_parts(option: Option, sequences_tokens: float) -> list[tuple[str, flo
 
 
 def memory_table(plan: Plan) -> Table:
-    table = _table("", "bytes", "GB", "")
+    table = table_of("", "bytes", "GB", "")
     memory = plan.chosen.candidate.gpu.memory
     for name, size in memory_parts(plan.chosen, plan.question.workload.tokens_in_flight(_in_flight(plan.chosen))):
         mark = "i" if name in ("engine overhead", "cache in use", "cache free", "kept free") else ""
@@ -136,7 +135,7 @@ def memory_words(plan: Plan) -> list[str]:
 
 
 def speed_table(plan: Plan) -> Table:
-    table = _table("one replica", "p50", "p90", "p99", "mean", "")
+    table = table_of("one replica", "p50", "p90", "p99", "mean", "")
     speed = plan.chosen.speed
 
     def row(name: str, percentiles: Percentiles) -> None:
@@ -145,6 +144,10 @@ def speed_table(plan: Plan) -> Table:
 
     row("TTFT", speed.ttft)
     row("TPOT", speed.tpot)
+    if speed.measured is not None:
+        for name, figure in (("TTFT, measured run", speed.measured.ttft), ("TPOT, measured run", speed.measured.tpot)):
+            if figure is not None:
+                table.add_row(name, "", "", "", seconds(figure.value), basis(figure))
     return table
 
 
@@ -167,6 +170,7 @@ def speed_words(plan: Plan) -> list[str]:
             f"Requests waited for cache {speed.starved:.0%} of the time."
         ),
     ]
+    words += measured_words([plan.chosen])
     known = [(context, with_, without) for context, with_, without in plan.flops]
     if known:
         context, with_, without = known[-1]
@@ -177,11 +181,29 @@ def speed_words(plan: Plan) -> list[str]:
     return words
 
 
+def measured_words(options: Sequence[Option]) -> list[str]:
+    """The measured runs of these options beside what is predicted of them, each run once."""
+    words: dict[str, None] = {}
+    for option in options:
+        speed, run = option.speed, option.speed.measured
+        if run is not None:
+            said = [
+                f"mean {name} {seconds(measured.value)}, predicted {span(percentiles.mean, seconds)}"
+                for name, percentiles, measured in (("TTFT", speed.ttft, run.ttft), ("TPOT", speed.tpot, run.tpot))
+                if measured is not None
+            ]
+            words[
+                f"Measured: {'; '.join(said)}. {run.run}; a whole run, its first burst included "
+                f"({run.source.where}, {run.source.date})."
+            ] = None
+    return list(words)
+
+
 # ── cost ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cost_table(plan: Plan) -> Table:
-    table = _table("", "US dollars", "from", "to", "")
+    table = table_of("", "US dollars", "from", "to", "")
     cost = plan.chosen.cost
     rows: list[tuple[str, Figure | None]] = [
         ("an hour, all machines and staff", cost.per_hour),
@@ -212,7 +234,7 @@ def cost_words(plan: Plan) -> list[str]:
 
 
 def api_table(plan: Plan) -> Table:
-    table = _table("API", "a request", "a task", "cheaper from", "for good from", "between")
+    table = table_of("API", "a request", "a task", "cheaper from", "for good from", "between")
     output = plan.economics.tokens.output
     for found in plan.crossovers:
         task = plan.api_task.get(found.api.key)
@@ -255,7 +277,7 @@ def api_words(plan: Plan) -> list[str]:
 
 
 def front_table(plan: Plan) -> Table:
-    table = _table("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
+    table = table_of("layout", "engine", "GPUs", "TTFT p90", "TPOT p90", "$/M out*", "SLOs")
     shown: set[tuple[object, ...]] = set()
     for option in (plan.chosen, *plan.found.front):
         candidate = option.candidate
@@ -290,6 +312,8 @@ def other_words(plan: Plan) -> list[str]:
             "nearly the same, the one with the fewest stages, attention groups and machines is recommended."
         ),
     ]
+    others = [option for option in found.options if option.speed.measured != plan.chosen.speed.measured]
+    words += measured_words(others)
     by_reason: dict[str, list[str]] = {}
     for item in found.unknown:
         by_reason.setdefault(item.why, []).append(str(item.candidate.layout))
@@ -300,7 +324,7 @@ def other_words(plan: Plan) -> list[str]:
 
 
 def sensitivity_table(plan: Plan) -> Table:
-    table = _table("assumption", "values", "$/M out, with prompts", "choice")
+    table = table_of("assumption", "values", "$/M out, with prompts", "choice")
     for item in plan.sensitivities:
         costs = [
             "none" if point.option is None else dollars(point.option.cost.per_mtok_whole.value) for point in item.points
@@ -324,7 +348,7 @@ def maker_words(plan: Plan) -> list[str]:
 
 def compare_table(plans: Sequence[Plan]) -> Table:
     """Several hardware options side by side, each with its chosen option."""
-    table = _table("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
+    table = table_of("hardware", "layout", "engine", "TTFT p90", "TPOT p90", "tok/s/GPU", "$/h", "$/M out*", "SLOs")
     for plan in plans:
         option, candidate = plan.chosen, plan.chosen.candidate
         rate = (option.speed.input_rate.value + option.speed.output_rate.value) / candidate.layout.gpus
@@ -347,49 +371,12 @@ def refusal_lines(refusals: Mapping[str, str]) -> list[str]:
     return [f"{name}: {why}" for name, why in refusals.items()]
 
 
-def calibration_table(found: Recalibrated) -> list[Table]:
-    """Efficiencies before and after, and the error of every run with both."""
-    factors = _table("efficiency", "after")
-    for name, value in found.efficiencies.as_dict().items():
-        shown = f"{value:.1%} of the peak" if name in ("memory", "compute", "links") else f"{value * 1e6:,.1f} us"
-        factors.add_row(name, shown)
-    errors = _table("run", "TTFT before", "after", "TPOT before", "TPOT after")
-    for old, new in zip(found.before, found.after, strict=True):
-        cells = ["" if error is None else f"{error:+.1%}" for error in (old.ttft, new.ttft, old.tpot, new.tpot)]
-        errors.add_row(old.run.name, *cells)
-    means = [
-        f"{mape(values):.1%}" if any(value is not None for value in values) else ""
-        for values in (
-            [one.ttft for one in found.before],
-            [one.ttft for one in found.after],
-            [one.tpot for one in found.before],
-            [one.tpot for one in found.after],
-        )
-    ]
-    errors.add_row("mean absolute error", *means)
-    return [factors, errors]
-
-
-def calibration_as_dict(found: Recalibrated) -> dict[str, Any]:
-    """For JSON: efficiencies, and relative errors (predicted over measured, minus 1) before and after."""
-    return {
-        "efficiencies": found.efficiencies.as_dict(),
-        "runs": [
-            {
-                "run": old.run.name,
-                "ttft": {"measured": old.run.ttft, "before": old.ttft, "after": new.ttft},
-                "tpot": {"measured": old.run.tpot, "before": old.tpot, "after": new.tpot},
-            }
-            for old, new in zip(found.before, found.after, strict=True)
-        ],
-    }
-
-
 def _in_flight(option: Option) -> float:
     return option.speed.concurrency
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table; columns of numbers are set to the right."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)

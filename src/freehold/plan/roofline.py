@@ -26,18 +26,19 @@ one after another. What decides the figures:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, get_args
 
 from freehold.plan.footprint import ways
-from freehold.plan.types import CacheFormat, ComputeDtype, Engine, Gpu, Layout, ModelSpec, Stored
+from freehold.plan.types import CacheFormat, ComputeDtype, Engine, Gpu, Layout, ModelSpec, Module, Stored
 
 Cause = Literal["memory", "compute", "links", "kernels", "launches", "sequences", "requests"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 """In the order of a `Work`. "requests": what passes outside steps until a request is queued."""
 Work = tuple[float, ...]
+Kind = Literal["dense", "experts", "head", "embedding"]
 NOTHING: Work = (0.0,) * len(CAUSES)
 
 # Kernels of a decoder layer of DeepSeek sparse attention as SGLang and vLLM launch them (mid 2026), counted in their
@@ -54,6 +55,7 @@ _INDEXER_QUANTISERS = 2
 _EVENNESS = 0.9  # of how rows choose experts
 _OUTSIDE_KERNELS = 8  # embedding, final norm, head, gathering logits, sampling
 _DRAFT_KERNELS = _LAYER_KERNELS + _INDEXER_KERNELS + _OUTSIDE_KERNELS
+_KINDS: Mapping[Module, Kind] = {"experts": "experts", "lm_head": "head", "embed_tokens": "embedding"}
 _ACTIVATION_BYTES = 2  # of an element of a hidden state that travels
 _FP8_BYTES = 1  # of an element that is sent to an expert; its result comes back in bf16
 
@@ -113,10 +115,28 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Matrices:
-    """Of one rank: bytes to read, and FLOP a row by operand type."""
+    """Of one rank: seconds to read them all, and seconds a row to multiply with them, both at the peak."""
 
-    bytes: float
-    flops: Mapping[ComputeDtype, float]
+    read: float
+    row: float
+
+
+@cache
+def _kinds(model: ModelSpec, *, drafter: bool) -> Mapping[Kind, tuple[tuple[Module, bool, int, int], ...]]:
+    """All matrices of the decoder, or of the MTP layer, by kind: module, multiplied in FP8, bytes, parameters."""
+    found: dict[Kind, dict[tuple[Module, bool], tuple[int, int]]] = {}
+    for entry in model.stored:
+        if (entry.layer == model.config.num_hidden_layers) == drafter:
+            kinds = found.setdefault(_KINDS.get(entry.module, "dense"), {})
+            key = (entry.module, _fp8(entry))
+            nbytes, parameters = kinds.get(key, (0, 0))
+            kinds[key] = (nbytes + entry.total, parameters + entry.parameters)
+    return {kind: tuple((*key, *sums) for key, sums in kinds.items()) for kind, kinds in found.items()}
+
+
+def _fp8(entry: Stored) -> bool:
+    """Multiplied in FP8: E4M3 beside U8 are the scales of FP4."""
+    return "F8_E4M3" in entry.bytes and "U8" not in entry.bytes
 
 
 class StepTimes:
@@ -132,21 +152,15 @@ class StepTimes:
         self.full = len(config.full_layers)
         self.moe_layers = sum(kind == "sparse" for kind in config.mlp_layer_types)
         self.topk = config.index_topk
-        body = [entry for entry in model.stored if entry.layer is None or entry.layer < self.layers]
-        apart = ("experts", "lm_head", "embed_tokens")
-        self._dense = self._sum(entry for entry in body if entry.module not in apart)
-        self._experts = self._sum(entry for entry in body if entry.module == "experts")
-        self._head = self._sum(entry for entry in body if entry.module == "lm_head")
-        drafter = [entry for entry in model.stored if entry.layer == self.layers]
-        self._drafter_dense = self._sum(entry for entry in drafter if entry.module not in apart)
-        self._drafter_experts = self._sum(entry for entry in drafter if entry.module == "experts")
+        self._dense, self._experts, self._head = (self._sum(kind) for kind in ("dense", "experts", "head"))
+        self._drafter_dense, self._drafter_experts = (self._sum(kind, drafter=True) for kind in ("dense", "experts"))
         latent, index = (cache.layer_bytes(config, layer)[at] for at, layer in ((0, 0), (1, config.full_layers[0])))
         self._latent, self._index = latent, index
         heads = -(-config.num_attention_heads // layout.tp)
         width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
         self._attend = 2.0 * heads * width / gpu.peak("bf16")  # seconds a row, key and layer
         self._score = 2.0 * config.index_n_heads * config.index_head_dim / gpu.peak("fp8")
-        self._quantised = any(entry.module == "o_proj" and self._fp8(entry) for entry in body)
+        self._quantised = any(module == "o_proj" and fp8 for module, fp8, _, _ in _kinds(model, drafter=False)["dense"])
 
     # ── passes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,11 +207,9 @@ class StepTimes:
 
     def _matrices(self, bound: _Bounds, rows: float, mine: float, stages: int) -> None:
         """rows: of the step in one stage. mine: of them, those of this rank's attention group."""
-        gpu = self.gpu
-        bound.add(self._dense.bytes / gpu.bandwidth, self._seconds(self._dense, mine))
-        experts = self._experts.bytes * self.coverage(rows) / gpu.bandwidth
-        bound.add(experts, self._seconds(self._experts, rows))
-        bound.add(self._head.bytes / gpu.bandwidth, 0.0)
+        bound.add(self._dense.read, self._dense.row * mine)
+        bound.add(self._experts.read * self.coverage(rows), self._experts.row * rows)
+        bound.add(self._head.read, 0.0)
 
     def _attention(self, bound: _Bounds, keys: float, read: float, scored: float, indexed: float) -> None:
         gpu = self.gpu
@@ -206,14 +218,13 @@ class StepTimes:
 
     def _draft(self, bound: _Bounds, sequences: int, seen: float, context: float) -> float:
         """`drafts` passes through the MTP layer and the head, one after another; returns their kernels."""
-        gpu, share = self.gpu, 1 / (self.layout.pp * self.layout.dp)
-        for _ in range(self.drafts):
-            bound.add(self._drafter_dense.bytes / gpu.bandwidth, self._seconds(self._drafter_dense, sequences * share))
-            covered = self.coverage(sequences / self.layout.pp)
-            bound.add(self._drafter_experts.bytes * covered / gpu.bandwidth, 0.0)
-            bound.add(self._head.bytes / gpu.bandwidth, 0.0)
-            bound.add((seen * self._latent + context * self._index) * share / gpu.bandwidth, 0.0)
-        return float(self.drafts * _DRAFT_KERNELS)
+        times, share = self.drafts, 1 / (self.layout.pp * self.layout.dp)
+        covered = self.coverage(sequences / self.layout.pp)
+        bound.add(times * self._drafter_dense.read, times * self._drafter_dense.row * sequences * share)
+        bound.add(times * self._drafter_experts.read * covered, 0.0)
+        bound.add(times * self._head.read, 0.0)
+        bound.add(times * (seen * self._latent + context * self._index) * share / self.gpu.bandwidth, 0.0)
+        return float(times * _DRAFT_KERNELS)
 
     def _links(self, rows: int) -> float:
         """Seconds that activations travel, at the links' peak."""
@@ -251,27 +262,17 @@ class StepTimes:
         indexer = _INDEXER_KERNELS + self._quantised * _INDEXER_QUANTISERS
         return self.layers * layer + self.full * indexer + _OUTSIDE_KERNELS * self.layout.pp
 
-    @staticmethod
-    def _fp8(entry: Stored) -> bool:
-        """Multiplied in FP8: E4M3 beside U8 are the scales of FP4."""
-        return "F8_E4M3" in entry.bytes and "U8" not in entry.bytes
-
-    def _sum(self, entries: Iterable[Stored]) -> _Matrices:
-        """Bytes and FLOP a row of one rank, for matrices of all layers."""
-        total, flops = 0.0, dict[ComputeDtype, float]()
+    def _sum(self, kind: Kind, *, drafter: bool = False) -> _Matrices:
+        """Matrices of one kind of all layers, as one rank has them."""
+        read = row = 0.0
         config = self.model.config
-        for entry in entries:
-            cut = ways(entry.module, self.layout, self.engine)
-            total += entry.total / cut
-            used = config.num_experts_per_tok / config.n_routed_experts if entry.module == "experts" else 1.0
-            dtype: ComputeDtype = self.model.compute if entry.module == "experts" else "bf16"
-            if self._fp8(entry):
-                dtype = "fp8"
-            flops[dtype] = flops.get(dtype, 0.0) + 2.0 * entry.parameters * used / cut
-        return _Matrices(total, flops)
-
-    def _seconds(self, matrices: _Matrices, rows: float) -> float:
-        return rows * sum(flops / self.gpu.peak(dtype) for dtype, flops in matrices.flops.items())
+        for module, fp8, nbytes, parameters in _kinds(self.model, drafter=drafter).get(kind, ()):
+            cut = ways(module, self.layout, self.engine)
+            used = config.num_experts_per_tok / config.n_routed_experts if module == "experts" else 1.0
+            dtype: ComputeDtype = "fp8" if fp8 else self.model.compute if module == "experts" else "bf16"
+            read += nbytes / cut / self.gpu.bandwidth
+            row += 2.0 * parameters * used / cut / self.gpu.peak(dtype)
+        return _Matrices(read, row)
 
 
 class _Bounds:

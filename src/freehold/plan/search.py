@@ -58,8 +58,13 @@ class Option:
 
     @property
     def objectives(self) -> tuple[float, float, float]:
-        """What is to be small: dollars a million output tokens and their prompts, seconds a token, to the first one."""
-        return (self.cost.per_mtok_whole.value, self.speed.tpot.p90.value, self.speed.ttft.p90.value)
+        """What is to be small: dollars a million output tokens and their prompts, seconds a token, to the first one.
+
+        To nine digits: options that differ in the order of some sums must count as equal.
+        """
+        figures = (self.cost.per_mtok_whole, self.speed.tpot.p90, self.speed.ttft.p90)
+        cost, tpot, ttft = (float(f"{figure.value:.9g}") for figure in figures)
+        return cost, tpot, ttft
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +149,11 @@ def search(
     fewer: bool = True,
     screen: Callable[[Candidate], float] | None = None,
     limit: int = 24,
+    keep: Callable[[Candidate], bool] = lambda _: False,
 ) -> Found:
     """Evaluate every candidate; where an engine has more than `limit` with or without drafts, the best by `screen`.
 
-    screen: a quick estimate, small is good.
+    screen: a quick estimate, small is good. keep: whether a candidate is evaluated however it is screened.
     fewer: use only as many replicas as the SLOs need at this load; otherwise always all GPUs.
     """
     run, fit, too_large = candidates(model, cluster, wanted, drafts=drafts, cache=cache, context=context)
@@ -155,7 +161,8 @@ def search(
         groups: dict[tuple[Engine, bool], list[Candidate]] = {}
         for made in run:
             groups.setdefault((made.engine, made.mtp), []).append(made)
-        run = [made for group in groups.values() for made in sorted(group, key=screen)[:limit]]
+        ranked = [sorted(group, key=screen) for group in groups.values()]
+        run = [made for group in ranked for at, made in enumerate(group) if at < limit or keep(made)]
     options = [_evaluate(made, speed_of, cost_of, fewer) for made in run]
     options.sort(key=lambda option: (not option.speed.meets_slo, option.objectives))
     meeting = [option for option in options if option.speed.meets_slo]

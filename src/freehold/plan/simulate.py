@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from freehold.engine.block_manager import BlockManager
@@ -123,7 +123,7 @@ class _WarmScheduler(Scheduler):
 
 @dataclass(slots=True)
 class _Flight:
-    """A call on its way. entered: the clock's work when it was queued."""
+    """A call on its way. entered: the clock's work when it was queued. outputs: what steps may give it, by tokens."""
 
     call: Call
     sent: float
@@ -132,6 +132,7 @@ class _Flight:
     first: float | None = None
     first_work: Work = NOTHING
     carry: float = 0.0  # of a token, from steps that give a fraction of one
+    outputs: dict[int, SeqOutput] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -247,7 +248,7 @@ class _Simulation:
         self._count(self.now - began, len(step.seqs), bool(scheduler.waiting))
         self._update(step, {seq.request_id for seq in decodes}, prompts_done, prompts_work)
         self.passed = _Passed(began, self.now, add(self.work, before, -1.0))
-        if not chunks and preempted == scheduler.counters.preemptions:
+        if preempted == scheduler.counters.preemptions:
             self._leap(step)
 
     def _sorted(self, step: StepInput) -> tuple[list[ScheduledSeq], list[Chunk]]:
@@ -271,10 +272,13 @@ class _Simulation:
     def _update(self, step: StepInput, decoding: set[str], prompts_done: float, prompts_work: Work) -> None:
         outputs = []
         for seq in step.seqs:
-            count = 0
+            flight, count = self.flights[seq.request_id], 0
             if seq.samples:
-                count = self._tokens(seq.request_id, 1) if seq.request_id in decoding else 1
-            outputs.append(SeqOutput(seq.request_id, (0,) * count))
+                count = self._tokens(flight, 1) if seq.request_id in decoding else 1
+            output = flight.outputs.get(count)
+            if output is None:
+                output = flight.outputs[count] = SeqOutput(seq.request_id, (0,) * count)
+            outputs.append(output)
         for chunk in self.scheduler.update(step, outputs):
             flight = self.flights[chunk.request_id]
             if flight.first is None:
@@ -295,9 +299,8 @@ class _Simulation:
         if self.loop.concurrency is not None:
             self._send_next(self.now)
 
-    def _tokens(self, name: str, steps: int) -> int:
+    def _tokens(self, flight: _Flight, steps: int) -> int:
         """Tokens that a request gets in so many steps: `acceptance` each, the fractions carried."""
-        flight = self.flights[name]
         wanted = flight.carry + steps * self.loop.acceptance
         count = int(wanted + _SOON)
         flight.carry = wanted - count
@@ -306,27 +309,32 @@ class _Simulation:
     # ── many steps ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _leap(self, step: StepInput) -> None:
-        """The equal steps that follow, up to the next that comes."""
-        running = self.scheduler.running
-        steps = min(steady_steps(self.scheduler, step, math.ceil(self.loop.acceptance)), _MOST_AT_ONCE)
+        """The equal steps that follow, up to and with the one in which the next call comes."""
+        running, gain = self.scheduler.running, self.loop.acceptance
+        flights = [self.flights[request.request_id] for request in running]
+        carried = [flight.carry for flight in flights]
+        steps = min(steady_steps(self.scheduler, step, gain, carried), _MOST_AT_ONCE)
         if steps < 1:
             return
-        gain = self.loop.acceptance
+        contexts = [len(request.token_ids) for request in running]
         if self.coming:
-            one = seconds(self._decode_work(running, gain), self.factors)
-            steps = min(steps, int((self.coming[0][0] - self.now) / one))
-            if steps < 1:
+            until = self.coming[0][0] - self.now
+            if until <= _SOON:
                 return
-        work = tuple(steps * amount for amount in self._decode_work(running, (steps - 1) / 2 * gain))
+            one = seconds(self._decode_work(contexts, gain), self.factors)
+            steps = min(steps, math.ceil(until / one))
+        work = tuple(steps * amount for amount in self._decode_work(contexts, (steps - 1) / 2 * gain))
         began = self.now
         self._pass(work)
         self._count(self.now - began, len(running), bool(self.scheduler.waiting))
         self.passed = _Passed(began, self.now, work)
-        leap(self.scheduler, [self._tokens(request.request_id, steps) for request in running])
+        leap(self.scheduler, [self._tokens(flight, steps) for flight in flights])
 
-    def _decode_work(self, running: Sequence[Request], more: float) -> Work:
+    def _decode_work(self, contexts: Sequence[int], more: float) -> Work:
         """A decode step of all, when each has `more` tokens more than now."""
-        topk = self.times.topk
-        contexts = [request.num_tokens + more for request in running]
-        seen = sum(min(context, topk) for context in contexts)
-        return self.times.decode(len(contexts), seen, sum(contexts), self.factors)
+        topk, count = self.times.topk, len(contexts)
+        if min(contexts) + more >= topk:
+            seen = float(count * topk)
+        else:
+            seen = sum(min(context + more, topk) for context in contexts)
+        return self.times.decode(count, seen, sum(contexts) + count * more, self.factors)

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import numpy as np
+from itertools import accumulate
 
 from freehold.plan.accuracy import Expected, expected
-from freehold.plan.calibrate import bundled
 from freehold.plan.cost import Weights
+from freehold.plan.drawing import Drawing, mean, percentile
+from freehold.plan.kept import bundled
 from freehold.plan.lengths import Call
+from freehold.plan.precedents import Row, precedent, published
 from freehold.plan.roofline import Chunk, Efficiencies, StepTimes, seconds
 from freehold.plan.search import Candidate
 from freehold.plan.simulate import EngineLimits, Loop, Run, simulate
-from freehold.plan.types import Engine, Figure, Gpu, Layout, Percentiles, Slo, Speed
+from freehold.plan.types import Engine, Figure, Gpu, Layout, Measurement, Percentiles, Slo, Speed
 from freehold.plan.workload import Workload
 
 _FEWEST, _MOST = 32, 128  # calls of a closed loop that are measured: one round, within these
 _COARSE = 0.25  # of them where many loads are compared
+_MOST_RUNNING = EngineLimits(1, 1).sequences
 _SEED = 7
 _CHUNK = {"vllm": 8192, "sglang": 8192, "freehold": 2048}
 _LARGE_CHUNK = 16384  # SGLang's on GPUs of more memory
@@ -46,8 +48,11 @@ def prompt_chunk(engine: Engine, gpu: Gpu, layout: Layout) -> int:
 class Speeds:
     """Speeds of candidates under one workload, with its SLOs."""
 
-    def __init__(self, workload: Workload, slo: Slo, efficiencies: Efficiencies | None = None) -> None:
-        self.workload, self.slo = workload, slo
+    def __init__(
+        self, workload: Workload, slo: Slo, efficiencies: Efficiencies | None = None, own: Sequence[Row] = ()
+    ) -> None:
+        """own: measured runs of one's own, which go before the published ones."""
+        self.workload, self.slo, self.own = workload, slo, own
         self.efficiencies = efficiencies or bundled()
         self.coarse = False
         self._times: dict[Candidate, StepTimes] = {}
@@ -55,7 +60,7 @@ class Speeds:
 
     def changed(self, workload: Workload) -> Speeds:
         """The same for another workload, from fewer calls: it is compared, not reported."""
-        changed = Speeds(workload, self.slo, self.efficiencies)
+        changed = Speeds(workload, self.slo, self.efficiencies, self.own)
         changed.coarse = True
         return changed
 
@@ -119,10 +124,14 @@ class Speeds:
     def _speed(self, candidate: Candidate, load: Workload, *, coarse: bool = False) -> Speed:
         key = (_alike(candidate), load)
         if key not in self._made:
-            run = self._run(candidate, load, _COARSE if coarse or self.coarse else 1.0)
             drafts = load.drafts if candidate.mtp else 0
             worth = expected(candidate.engine, candidate.gpu, candidate.model, candidate.layout, drafts=drafts)
-            self._made[key] = self._reported(run, load, worth)
+            # Of more callers than can ever run, those beyond wait longer by the time that serving them takes.
+            simulated = load if load.concurrency is None else load.at(min(load.concurrency, _enough(candidate, load)))
+            run = self._run(candidate, simulated, _COARSE if coarse or self.coarse else 1.0)
+            row = precedent((*self.own, *published()), candidate, load)
+            predicted = self._reported(run, simulated, load, worth)
+            self._made[key] = predicted if row is None else replace(predicted, measured=_measurement(row))
         return self._made[key]
 
     def _run(self, candidate: Candidate, load: Workload, share: float) -> Run:
@@ -130,19 +139,24 @@ class Speeds:
         chunk = prompt_chunk(candidate.engine, candidate.gpu, layout)
         limits = EngineLimits(chunk, room.cache_tokens * layout.dp)
         gain = load.acceptance if candidate.mtp else 1.0
-        return simulate(self._step_times(candidate), self.efficiencies, _loop(load, gain, share), limits)
+        loop = _loop(load, gain, share, limits.cache_tokens)
+        return simulate(self._step_times(candidate), self.efficiencies, loop, limits)
 
-    def _reported(self, run: Run, load: Workload, worth: Expected) -> Speed:
+    def _reported(self, run: Run, simulated: Workload, load: Workload, worth: Expected) -> Speed:
         ttft = [one.ttft for one in run.served]
         tpot = [one.tpot for one in run.served if one.tpot is not None] or [0.0]
         whole = [one.last - one.sent for one in run.served]
+        waiting = 0.0
         if load.rate is None:
             assert load.concurrency is not None
-            rate = load.concurrency / float(np.mean(whole))
+            assert simulated.concurrency is not None
+            rate = simulated.concurrency / mean(whole)
+            waiting = (load.concurrency - simulated.concurrency) / rate
+            ttft, whole = ([time + waiting for time in times] for times in (ttft, whole))
         else:
             # As many end as come, unless the queue grows without end.
             rate = min(load.rate, run.finished / run.seconds)
-        within = [self._within(one.ttft, one.tpot) for one in run.served]
+        within = [self._within(one.ttft + waiting, one.tpot) for one in run.served]
         tokens = load.tokens
         rates = [worth.of_rate(rate * amount) for amount in (tokens.prompt, tokens.cached, tokens.output, 1.0)]
         return Speed(
@@ -153,7 +167,7 @@ class Speeds:
             output_rate=rates[2],
             request_rate=rates[3],
             goodput=worth.of_rate(rate * sum(within) / len(within)),
-            concurrency=rate * float(np.mean(whole)),
+            concurrency=rate * mean(whole),
             starved=run.starved,
             meets_slo=100.0 * sum(within) / len(within) >= self.slo.percentile,
         )
@@ -162,6 +176,15 @@ class Speeds:
         late = self.slo.ttft is not None and ttft > self.slo.ttft
         slow = self.slo.tpot is not None and tpot is not None and tpot > self.slo.tpot
         return not (late or slow)
+
+
+def _measurement(row: Row) -> Measurement:
+    source = f"{row.source.where}, {row.source.date}"
+
+    def figure(seconds_: float | None) -> Figure | None:
+        return None if seconds_ is None else Figure(seconds_, seconds_, seconds_, "measured", source)
+
+    return Measurement(str(row), row.source, figure(row.ttft), figure(row.tpot))
 
 
 def _alike(candidate: Candidate) -> Candidate:
@@ -175,31 +198,43 @@ def _alike(candidate: Candidate) -> Candidate:
     return replace(candidate, replicas=1, layout=layout, footprint=room)
 
 
-def _loop(load: Workload, gain: float, share: float) -> Loop:
+def _enough(candidate: Candidate, load: Workload) -> int:
+    """Callers of whom some always wait: twice those that can run at once."""
+    run = candidate.footprint.max_sequences(max(1, round(load.prompt + load.output)))
+    return max(_FEWEST, 2 * min(run, _MOST_RUNNING))
+
+
+def _loop(load: Workload, gain: float, share: float, room: int) -> Loop:
     """The calls of a simulation: in its stride if the loop is closed, Poisson arrivals if it is open."""
     if load.rate is not None:
         count = round(_MOST * share)
-        random = np.random.RandomState(_SEED)
-        gaps = random.exponential(1 / load.rate, size=count)
-        return Loop(load.draw(count, _SEED), arrivals=[float(at) for at in np.cumsum(gaps)], acceptance=gain)
+        arrivals = list(accumulate(Drawing(_SEED).exponential(1 / load.rate, count)))
+        return Loop(load.draw(count, _SEED), arrivals=arrivals, acceptance=gain)
     assert load.concurrency is not None
     measured = round(min(max(_FEWEST, load.concurrency), _MOST) * share)
     # Others go on while the last of the measured ones finish, as they would.
     calls = load.draw(measured + 2 * load.concurrency, _SEED)
-    return Loop(calls, load.concurrency, begun=_begun(load), measured=measured, acceptance=gain)
+    return Loop(calls, load.concurrency, begun=_begun(load, room), measured=measured, acceptance=gain)
 
 
-def _begun(load: Workload) -> Sequence[Call]:
-    """Calls in the middle of their answers: their prompts and what they have said are in the cache."""
+def _begun(load: Workload, room: int) -> Sequence[Call]:
+    """Calls on their way: in the middle of their answers, with what they have said in the cache, as many as have room
+    there (tokens); the others wait for it.
+    """
     assert load.concurrency is not None
-    random = np.random.RandomState(_SEED + 1)
+    drawing = Drawing(_SEED + 1)
     begun = []
     for call in load.draw(load.concurrency, _SEED + 1):
-        done = min(call.output - 1, int(random.uniform(0, call.output)))
+        done = min(call.output - 1, int(drawing.uniform(0, call.output)))
+        room -= call.prompt + call.output
+        if room < 0:
+            begun.append(call)
+            continue
         begun.append(Call(call.prompt + done, call.output - done, call.prompt + done))
     return begun
 
 
 def _percentiles(values: Sequence[float], figure: Callable[[float], Figure]) -> Percentiles:
-    p50, p90, p99 = (figure(float(value)) for value in np.percentile(values, [50, 90, 99]))
-    return Percentiles(p50, p90, p99, figure(float(np.mean(values))))
+    ordered = sorted(values)
+    p50, p90, p99 = (figure(percentile(ordered, percent)) for percent in (50, 90, 99))
+    return Percentiles(p50, p90, p99, figure(mean(ordered)))

@@ -305,6 +305,19 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """A run that somebody made of this very setup and load: its means, of basis "measured"; None where it does not say.
+
+    A run includes the burst that it began with, which a prediction of a load in its stride does not.
+    """
+
+    run: str
+    source: Source
+    ttft: Figure | None
+    tpot: Figure | None
+
+
+@dataclass(frozen=True, slots=True)
 class Slo:
     """What callers were promised, in seconds at `percentile` percent of the requests; None is not promised."""
 
@@ -318,6 +331,7 @@ class Speed:
     """One replica under one workload. Rates are tokens a second of the replica; `goodput`: requests a second that meet
     all SLOs. cached_rate: prompt tokens a second that the prefix cache answered, part of input_rate.
     concurrency: requests in flight, mean. starved: share of the time in which a request waited for cache.
+    measured: a run of this setup and load, if one is known.
     """
 
     ttft: Percentiles
@@ -330,6 +344,7 @@ class Speed:
     concurrency: float
     starved: float
     meets_slo: bool
+    measured: Measurement | None = None
 
 
 @dataclass(frozen=True, slots=True)

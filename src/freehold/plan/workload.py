@@ -15,9 +15,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from freehold.errors import InvalidRequest
+from freehold.plan.drawing import Drawing
 from freehold.plan.lengths import Call, Lengths
 from freehold.plan.prices import Tokens
 
@@ -155,13 +154,13 @@ class Workload:
 
     def draw(self, count: int, seed: int = 0) -> list[Call]:
         """`count` requests; the same seed gives the same ones."""
-        random = np.random.RandomState(seed)
+        drawing = Drawing(seed)
         if self.calls:
-            chosen = [self.calls[at] for at in random.randint(0, len(self.calls), size=count)]
+            chosen = [self.calls[at] for at in drawing.integers(0, len(self.calls) - 1, count)]
             return [replace(call, output=self._output(call.output)) for call in chosen]
         # All prompts first, then all outputs: the order in which vLLM's and InferenceX's load generators draw them.
-        prompts = self.prompt_lengths.draw(random, count)
-        outputs = self.output_lengths.draw(random, count)
+        prompts = self.prompt_lengths.draw(drawing, count)
+        outputs = self.output_lengths.draw(drawing, count)
         return [
             Call(prompt, self._output(output), int(prompt * self.hit_rate))
             for prompt, output in zip(prompts, outputs, strict=True)

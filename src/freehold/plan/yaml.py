@@ -1,6 +1,7 @@
 """Plain data as YAML: mappings, lists, strings, numbers and booleans, in block style. Torch-free.
 
-Strings that could be read as something else are quoted as in JSON, which YAML 1.2 contains. There is no reader.
+Strings that could be read as something else are quoted as in JSON, which YAML 1.2 contains. There is no reader. The
+few lines here spare every installation of the core a YAML library; a test reads what they write with one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PLAIN = re.compile(r"(--)?[A-Za-z/$][A-Za-z0-9_./$()@=+-]*(:[A-Za-z0-9_./-]+)*")
+# YAML allows these only escaped, or would take them for the end of a line; JSON lets them stand.
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _WORDS = frozenset("true false yes no on off null none y n".split())
 
 
@@ -43,7 +46,7 @@ def _entry(head: str, item: Any) -> list[str]:
 def _scalar(value: Any) -> str:
     if isinstance(value, str):
         plain = _PLAIN.fullmatch(value) is not None and value.lower() not in _WORDS
-        return value if plain else json.dumps(value, ensure_ascii=False)
+        return value if plain else _UNPRINTABLE.sub(_escaped, json.dumps(value, ensure_ascii=False))
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, Mapping) and not value:
@@ -51,3 +54,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, list | tuple) and not value:
         return "[]"
     raise TypeError(f"no YAML for {type(value).__name__}")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from freehold.cli.main import main
-from freehold.plan.kept import read_efficiencies
+from freehold.plan.kept import read_kept
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_calibrate_refits_and_saves(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = json.loads(capsys.readouterr().out)
     (run,) = found["runs"]
     assert abs(run["tpot"]["after"]) <= abs(run["tpot"]["before"])
-    assert read_efficiencies(saved).as_dict() == pytest.approx(found["efficiencies"], rel=1e-4)
+    assert read_kept(saved)[0].as_dict() == pytest.approx(found["efficiencies"], rel=1e-4)
     assert main(["plan", "calibrate", str(result)]) == 0
     assert "mean absolute error" in capsys.readouterr().out
 
@@ -140,3 +140,22 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert len(document["plans"]) == 1
     assert list(document["refused"]) == ["4 x H100 SXM"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--on", "cpu-server"], "add --engine freehold"),
+        (["--on", "8xdgx-spark"], "no engine is known to run it there"),
+        (["--on", "dgx-spark"], "not known to run it on DGX Spark"),
+        (["--on", "8xmi355x"], "give --gpu-price, or --own"),
+        (["--ttft", "inf"], "not endless"),
+    ],
+)
+def test_what_cannot_run_is_said_before_a_price_is_asked_for(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from freehold.cli.main import main
+
+    assert main(["plan", *arguments]) != 0
+    assert message in capsys.readouterr().err

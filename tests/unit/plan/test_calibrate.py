@@ -10,8 +10,9 @@ import pytest
 
 from freehold.errors import InvalidRequest
 from freehold.plan.accuracy import expected
-from freehold.plan.calibrate import bundled, fit, left_out, mape, outcome, recalibrate, residuals
+from freehold.plan.calibrate import fit, left_out, mape, outcome, recalibrate, residuals
 from freehold.plan.hardware import gpu
+from freehold.plan.kept import bundled
 from freehold.plan.measured import Measured, Setup, checks, read_results, runs
 from freehold.plan.models import load
 from freehold.plan.roofline import Efficiencies

@@ -156,7 +156,7 @@ def test_owning_is_depreciation_power_and_room() -> None:
 
 
 def test_what_is_not_known_is_asked_for() -> None:
-    with pytest.raises(InvalidRequest, match="no rent is known for MI355X; give --gpu-hour"):
+    with pytest.raises(InvalidRequest, match="no rent is known for MI355X; give --gpu-price"):
         gpu_hour(gpu("mi355x"), "rent", owning())
     assert gpu_hour(gpu("mi355x"), "rent", owning(), price=3.0).value == 3.0
     assert "owning: " in gpu_hour(gpu("mi355x"), "own", owning()).source

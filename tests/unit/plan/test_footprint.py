@@ -194,7 +194,7 @@ def test_what_cannot_fit_says_what_would() -> None:
     long = str(refuse(GLM, cluster("8xh100"), "vllm", context=1_048_576))
     assert "with room for a sequence of 1,048,576 tokens: it needs at least 16 of them" in long
     tiny = replace(gpu("h200"), memory=10**9, key="tiny", name="tiny")
-    assert "more than 1,024 of them" in str(refuse(GLM, replace(cluster("8xh200"), gpu=tiny), "vllm"))
+    assert "more than 256 of them" in str(refuse(GLM, replace(cluster("8xh200"), gpu=tiny), "vllm"))
 
 
 def test_a_figure_lies_in_its_interval() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from freehold.errors import InsufficientMemory
 from freehold.plan import simulate as simulation
-from freehold.plan.calibrate import bundled
 from freehold.plan.hardware import gpu
+from freehold.plan.kept import bundled
 from freehold.plan.lengths import Call
 from freehold.plan.models import load
 from freehold.plan.roofline import CAUSES, Chunk, Efficiencies, StepTimes, seconds

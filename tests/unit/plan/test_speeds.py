@@ -12,7 +12,9 @@ from freehold.plan.hardware import cluster
 from freehold.plan.layouts import support
 from freehold.plan.lengths import lengths
 from freehold.plan.models import load
+from freehold.plan.roofline import StepTimes
 from freehold.plan.search import Candidate
+from freehold.plan.simulate import EngineLimits, Loop, simulate
 from freehold.plan.speeds import Speeds, prompt_chunk
 from freehold.plan.types import Layout, Slo
 from freehold.plan.workload import Workload
@@ -97,3 +99,25 @@ def test_prompt_chunks_are_those_that_are_launched() -> None:
     assert prompt_chunk("sglang", h200, Layout(tp=1, dp=8, ep=8)) == 32_768
     assert prompt_chunk("sglang", h200, Layout(tp=8)) == 8192
     assert prompt_chunk("sglang", cluster("8xb200").gpu, Layout(tp=8)) == 16_384
+
+
+@pytest.mark.parametrize("callers", [16, 64, 200])
+def test_more_callers_than_can_run_wait_as_long_as_they_would_in_a_long_run(callers: int) -> None:
+    """A cache for 8 requests: the throughput of a long run from a cold start is that of the load in its stride."""
+    room = 8 * 2304
+    starved = replace(candidate(), footprint=replace(candidate().footprint, cache_tokens=room))
+    asked = speeds(callers)
+    found = asked.of(starved)
+    times = StepTimes(starved.model, starved.gpu, TP8, "sglang", starved.footprint.cache)
+    calls = asked.workload.draw(400, seed=1)
+    long = simulate(times, asked.efficiencies, Loop(calls, callers), EngineLimits(8192, room))
+    assert found.request_rate.value == pytest.approx(long.finished / long.seconds, rel=0.06)
+    late = [one.ttft for one in long.served[200:300]]
+    assert found.ttft.mean.value == pytest.approx(sum(late) / len(late), rel=0.15)
+    assert found.concurrency == pytest.approx(callers, rel=1e-6)
+
+
+def test_a_million_callers_are_answered_quickly() -> None:
+    crowd = speeds(1_000_000).of(candidate())
+    assert crowd.ttft.p50.value > 1000
+    assert crowd.concurrency == pytest.approx(1e6, rel=1e-6)

@@ -144,3 +144,32 @@ def test_files_without_calls(tmp_path: Path) -> None:
         read_calls(tmp_path / "none.jsonl")
     with pytest.raises(InvalidRequest, match="no call"):
         read_calls(written(tmp_path / "empty.jsonl", []))
+
+
+def ledger_row(number: int, **others: object) -> dict[str, object]:
+    """A row as the gateway's ledger stores it: fields with their defaults are left out."""
+    row = {"row_id": f"r{number}", "request_id": f"q{number}", "at": 1000.0 + number, "endpoint": "chat", "alias": "m"}
+    return row | {"status": 200, "input_tokens": 500, "output_tokens": 40, "counted": "upstream", "cost": 3} | others
+
+
+def test_a_gateways_ledger_is_a_workload(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    uncounted = {key: value for key, value in ledger_row(3, error="connect").items() if not key.endswith("_tokens")}
+    rows: list[dict[str, object]] = [
+        ledger_row(0, cached_tokens=400),
+        ledger_row(1, error="cut", output_tokens=7),
+        ledger_row(9, request_id="q1", attempt=1, output_tokens=90),
+        ledger_row(2, shadow_of="r0", output_tokens=5000),
+        uncounted,
+        ledger_row(4, endpoint="embeddings", output_tokens=0),
+        {"row_id": "r0", "at": 1500.0, "name": "feedback", "value": 1.0},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls = read_calls(file)
+    assert [(call.prompt, call.output, call.cached) for call in calls] == [(500, 40, 400), (500, 90, 0)]
+    load = from_calls(calls)
+    assert load.rate == pytest.approx(1 / 9)
+    assert load.hits == 0.4
+    file.write_text(json.dumps(ledger_row(0, input_tokens=-5)))
+    with pytest.raises(InvalidRequest, match="line 1"):
+        read_calls(file)
