@@ -97,7 +97,7 @@ _LONG = (*_SHORT, 512, 640, 768, 1024, 1280)
 _STAGES: Mapping[StageName, Stage] = {
     "pretrain": Stage(
         "pretrain",
-        3_500_000,
+        7_000_000,
         Objective(mtp_share=0.25, half=True),
         Optim(lr=4e-3, matrix_lr=8e-3),
         Schedule(decay=0.0),
@@ -119,7 +119,7 @@ _STAGES: Mapping[StageName, Stage] = {
     ),
     "sft": Stage(
         "sft",
-        4_500_000,
+        6_000_000,
         Objective(indexer="sparse", mtp_share=0.25, mtp_drafts=3, half=True),
         Optim(lr=4e-3, matrix_lr=8e-3),
         Schedule(decay=0.8),
