@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -48,7 +48,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 ADAPTER_NAME = "adapter"
 MODEL_NAME = "model"
 RESULTS_NAME = "results.json"
-# Peak rates; of LoRA falling with the width, as suits what it adds to: 2e-3 to a width of 400, 1.3e-4 at GLM-5.2's 6,144.
+# Peak rates. LoRA's falls with the width, as what it adds grows: 2e-3 up to a width of 400, 1.3e-4 at GLM-5.2's.
 _LORA_RATE, _LORA_RATE_TIMES_WIDTH = 2e-3, 0.8
 _FULL_RATE = 2e-4
 _SHORTEST_ROW = 128
