@@ -246,14 +246,30 @@ PRACTICE: Mapping[Callable[[Random, Words], Task], int] = {
 }  # fmt: skip
 
 
+# What a model gets wrong last: to stop at a number, to compare words, to change case.
+EXERCISES: Mapping[Callable[[Random, Words], Task], int] = {
+    named: 5, repeat: 4, member: 4, upper: 4, backwards: 2, counted: 1, commas: 1, lower: 1,
+}  # fmt: skip
+
+
 def make(rng: Random, words: Words, effort: Effort) -> Example:
     """One instruction; without thinking a chat of several."""
     shares = [PRACTICE[task] if words.split == "train" else 1 for task in TASKS]
     tasks = [task(rng, words) for task in rng.choices(TASKS, shares, k=rng.randint(2, 7))]
-    if effort != "none":
-        tasks = tasks[-1:]
-    messages = []
-    for task in tasks:
+    messages, last = _chat(tasks, effort)
+    return Example("format", messages, effort=effort, check=last.check)
+
+
+def exercise(rng: Random, words: Words, effort: Effort) -> Example:
+    """The same of what is hard only. Nothing is checked: it is practice."""
+    tasks = [task(rng, words) for task in rng.choices(list(EXERCISES), list(EXERCISES.values()), k=rng.randint(4, 8))]
+    return Example("exercise", _chat(tasks, effort)[0], effort=effort)
+
+
+def _chat(tasks: list[Task], effort: Effort) -> tuple[tuple[dict[str, Any], ...], Task]:
+    """The messages, and the last task; with thinking only that one."""
+    messages: list[dict[str, Any]] = []
+    for task in tasks if effort == "none" else tasks[-1:]:
         thoughts = thinking(effort, "The user wants this: " + task.request, task.steps, task.review)
         messages += [user(task.request), assistant(task.answer, thinking=thoughts)]
-    return Example("format", tuple(messages), effort=effort, check=tasks[-1].check)
+    return tuple(messages), tasks[-1]

@@ -26,6 +26,7 @@ KINDS: Mapping[str, Maker] = {
     "refusal": chats.refusal,
     "echo": echo.make,
     "drill": echo.drill,
+    "exercise": formats.exercise,
 }
 # Shares of examples. Of tokens, retrieval and tools are about 30 % each, formats 13 %, stories 15 %, arithmetic 7 %.
 MIXTURE: Mapping[str, float] = {
@@ -48,6 +49,23 @@ FIRST_MIXTURE: Mapping[str, float] = {
     **{kind: share * 3 / 4 for kind, share in MIXTURE.items()},
     "echo": 1 / 8,
     "drill": 1 / 8,
+}
+# At the end: mostly what is still got wrong, and of all else enough to keep it.
+LAST_MIXTURE: Mapping[str, float] = {
+    "text": 0.01,
+    "story": 0.02,
+    "description": 0.01,
+    "reading": 0.04,
+    "retrieval": 0.10,
+    "records": 0.02,
+    "arithmetic": 0.05,
+    "format": 0.22,
+    "tool": 0.20,
+    "chat": 0.02,
+    "memory": 0.02,
+    "persona": 0.01,
+    "refusal": 0.01,
+    "exercise": 0.27,
 }
 EFFORT_SHARES: Mapping[Effort, float] = {"none": 0.6, "high": 0.2, "max": 0.2}
 
