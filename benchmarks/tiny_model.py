@@ -6,7 +6,8 @@
 
 0. size       The checkpoint itself.
 1. held-out   Perplexity of held-out examples (other seeds, words that training never shows) beside a bigram, counted on
-              the training corpus, and a dense model of as many active weights trained on as many tokens.
+              the training corpus; and a dense model of as many active weights beside the model trained on as many
+              tokens: freehold-tiny itself, or the same shape trained anew.
 2. tasks      Every kind that can be checked, greedy: context retrieval, tool calls value-exact, formats, ...
 3. retrieval  One fact among as many as fill 1 to 16 times index_topk.
 4. thinking   The same prompts with thinking off, High and Max: are the answers longer in this order?
@@ -110,10 +111,9 @@ def held_out(run: Run) -> None:
     bigram = Bigram(run.config.vocab_size)
     bigram.add_documents(corpus.ids, corpus.starts)
     found["bigram"] = bigram_losses(bigram, documents, topk)
-    baseline = kept("dense")
-    if baseline is not None and not run.report.quick:
-        baseline.check_same(digest(documents))
-        found["dense baseline"] = baseline.losses
+    dense = None if run.report.quick else equal_training(digest(documents))
+    if dense is not None:
+        found |= dense
     run.report.samples["held-out"] = {
         "documents": len(documents),
         "digest": digest(documents),
@@ -124,12 +124,26 @@ def held_out(run: Run) -> None:
     for name, each in found.items():
         cells = (perplexity(each, part) for part in PARTS)
         print(f"  {name:36}" + "".join(f"{v:>14.3f} ({low:.3f}-{high:.3f})" for v, low, high in cells))
-    for other in found.keys() - {"freehold-tiny"}:
+    pairs = [("freehold-tiny", "bigram")] + ([tuple(dense)] if dense is not None else [])
+    for first, other in pairs:
         for part in PARTS[:2]:
-            ratio = paired_perplexity(found["freehold-tiny"], found[other], part)
-            run.report.bar(f"perplexity beside the {other}'s, {part}: ratio, upper bound", ratio.high, "<", 1.0)
-    if baseline is None:
-        run.report.missing("the dense baseline was not trained: python benchmarks/_tiny_retrain.py dense")
+            ratio = paired_perplexity(found[first], found[other], part)
+            run.report.bar(f"perplexity of {first} beside {other}, {part}: ratio, upper bound", ratio.high, "<", 1.0)
+    if dense is None and not run.report.quick:
+        run.report.missing("the dense baseline was not trained: python benchmarks/_tiny_retrain.py index-share dense")
+
+
+def equal_training(documents: str) -> dict[str, Losses] | None:
+    """The losses of freehold-tiny's shape and of the dense baseline, trained on as many tokens, in this order."""
+    baseline, same_shape = kept("dense"), kept("index-share")
+    if baseline is None or same_shape is None:
+        return None
+    for each in (baseline, same_shape):
+        each.check_same(documents)
+    if abs(baseline.tokens - same_shape.tokens) > 0.05 * same_shape.tokens:
+        return None
+    tokens = f"{same_shape.tokens / 1e6:.1f}M tokens"
+    return {f"its shape, {tokens}": same_shape.losses, f"a dense model, {tokens}": baseline.losses}
 
 
 def perplexity(losses: Losses, part: str) -> list[float]:

@@ -6,12 +6,13 @@ Ctrl-C; 1 for anything unforeseen. `--debug` or FREEHOLD_DEBUG=1 adds the traceb
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 
-from freehold.errors import FreeholdError, MissingExtra
+from freehold.errors import DiskFull, FreeholdError, MissingExtra
 
 EXTRA_OF: Mapping[str, str] = {
     "torch": "engine",
@@ -23,6 +24,7 @@ EXTRA_OF: Mapping[str, str] = {
     "duckdb": "parquet",
 }
 """The extra of this package that brings a top-level module."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(command: Callable[[], None], *, debug: bool = False) -> int:
@@ -52,7 +54,7 @@ def describe(error: Exception) -> tuple[str, int]:
         return _one_line(error.message), error.exit_code
     if isinstance(error, OSError) and error.strerror is not None:
         where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-        return f"{error.strerror}{where}", 1
+        return f"{error.strerror}{where}", DiskFull.exit_code if error.errno in _FULL else 1
     text = _one_line(str(error))
     kind = type(error).__name__
     return f"unexpected {kind}{': ' if text else ''}{text} (a defect; FREEHOLD_DEBUG=1 shows the traceback)", 1

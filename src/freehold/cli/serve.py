@@ -263,7 +263,8 @@ def parse_lora(given: list[str], model_names: Iterable[str], sim: bool) -> tuple
     found: dict[str, Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
-        if not name.strip() or bool(equals) == sim or bool(path) == sim:
+        name = name.strip()
+        if not name or bool(equals) == sim or bool(path) == sim:
             wanted = "NAME: --sim has no weights to change" if sim else "NAME=DIRECTORY"
             raise InvalidRequest(f"--lora {text!r}: give {wanted}", param="lora")
         if name in found or name in model_names:

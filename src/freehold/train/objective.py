@@ -210,7 +210,7 @@ class TrainingModel:
         drafts = len(states)
         usable_R = (_weights(batch, drafts + 1).roll(-drafts - 1, dims=1) > 0).flatten()
         rows = usable_R.nonzero()[:, 0]
-        rows = rows[:: max(1, rows.numel() // _VARIATION_ROWS)]
+        rows = rows[:: max(1, -(-rows.numel() // _VARIATION_ROWS))]
         if not rows.numel():
             return hidden_RH.sum() * 0.0
         kept = torch.ones(rows.numel())

@@ -180,7 +180,12 @@ def staged(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
         yield work
         if out.exists():
             out.rename(old)
-        work.rename(out)
+        try:
+            work.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from freehold.errors import InvalidRequest
 from freehold.train.corpus import CorpusSettings
-from freehold.train.data.mixture import FIRST_MIXTURE, MIXTURE
+from freehold.train.data.mixture import FIRST_MIXTURE, LAST_MIXTURE, MIXTURE
 from freehold.train.loop import LoopSettings
 from freehold.train.objective import Objective
 from freehold.train.optim import Optim
@@ -88,8 +88,17 @@ def stage(name: StageName, **changes: Any) -> Stage:
 
 def tiny_recipe() -> Recipe:
     """freehold-tiny: language on everything, then indexers alone on dense attention, then all of it on sparse
-    attention, with the loss mostly on what the assistant says."""
-    return Recipe("freehold-tiny", tiny_config(), tuple(_STAGES.values()))
+    attention, with the loss mostly on what the assistant says, and once more on what it still gets wrong."""
+    polish = replace(
+        _STAGES["sft"],
+        name="polish",
+        tokens=2_000_000,
+        optim=Optim(lr=2e-3, matrix_lr=4e-3),
+        schedule=Schedule(decay=1.0),
+        mixture=LAST_MIXTURE,
+        data_seed=3,
+    )
+    return Recipe("freehold-tiny", tiny_config(), (*_STAGES.values(), polish))
 
 
 _SHORT = (96, 128, 160, 192, 256, 320, 384)
@@ -97,7 +106,7 @@ _LONG = (*_SHORT, 512, 640, 768, 1024, 1280)
 _STAGES: Mapping[StageName, Stage] = {
     "pretrain": Stage(
         "pretrain",
-        3_500_000,
+        7_000_000,
         Objective(mtp_share=0.25, half=True),
         Optim(lr=4e-3, matrix_lr=8e-3),
         Schedule(decay=0.0),
@@ -119,7 +128,7 @@ _STAGES: Mapping[StageName, Stage] = {
     ),
     "sft": Stage(
         "sft",
-        4_500_000,
+        6_000_000,
         Objective(indexer="sparse", mtp_share=0.25, mtp_drafts=3, half=True),
         Optim(lr=4e-3, matrix_lr=8e-3),
         Schedule(decay=0.8),

@@ -14,7 +14,7 @@ from freehold.errors import ConfigError
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.tokenizer import GLM_SPECIAL_TOKENS, TOY_RESERVED, Tokenizer
 from freehold.train.data.example import pieces
-from freehold.train.data.mixture import KINDS, generate
+from freehold.train.data.mixture import FIRST_MIXTURE, generate
 from freehold.train.data.words import SYLLABLES, Words
 
 RESERVED = TOY_RESERVED  # ids at the top: the control tokens, then unmapped ids
@@ -60,7 +60,7 @@ def generated_texts(
     for _ in range(repeats // 100):
         yield spread * 100
     words = Words("train", short=True)
-    for kind in KINDS:
+    for kind in FIRST_MIXTURE:
         for index in range(per_kind):
             yield from pieces(generate(kind, "train", seed, index, words=words), template)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +79,11 @@ def test_an_os_error_names_the_file() -> None:
         "No such file or directory: model/x",
         1,
     )
+
+
+def test_a_full_disk_has_its_exit_code_wherever_it_shows() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/tmp/plot.png")
+    assert describe(full) == ("No space left on device: /tmp/plot.png", errors.DiskFull.exit_code)
 
 
 def test_a_missing_engine_module_says_how_to_install_it() -> None:

@@ -58,7 +58,7 @@ def test_what_is_no_fault(text: str) -> None:
 
 
 def test_adapters() -> None:
-    assert parse_lora(["a=/x", "b=y=z"], (), sim=False) == (("a", Path("/x")), ("b", Path("y=z")))
+    assert parse_lora(["a=/x", " b =y=z"], (), sim=False) == (("a", Path("/x")), ("b", Path("y=z")))
     assert [name for name, _ in parse_lora(["a", "b"], ("m",), sim=True)] == ["a", "b"]
 
 
@@ -71,7 +71,7 @@ def test_adapters() -> None:
         ([""], False, "give NAME=DIRECTORY"),
         (["a=x"], True, "give NAME: --sim has no weights"),
         ([""], True, "give NAME: --sim has no weights"),
-        (["a=x", "a=y"], False, "a is another's name"),
+        (["a=x", " a=y"], False, "a is another's name"),
         (["m=x"], False, "m is another's name"),
     ],
 )

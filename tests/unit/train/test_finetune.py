@@ -168,3 +168,11 @@ def test_nothing_to_train_on_is_refused(nano: Path, tmp_path: Path) -> None:
     for wrong in ({"method": "dora"}, {"epochs": 0}, {"epochs": float("inf")}, {"longest": 1}, {"batch_tokens": 0}):
         with pytest.raises(InvalidRequest):
             FinetuneSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_rate_of_lora_falls_with_the_width() -> None:
+    rates = [FinetuneSettings().optim(width).lr for width in (192, 400, 6144)]
+    assert rates[:2] == [2e-3, 2e-3]
+    assert rates[2] == pytest.approx(0.8 / 6144)
+    assert FinetuneSettings(lr=1e-3).optim(6144).lr == 1e-3
+    assert {FinetuneSettings(method="full").optim(width).lr for width in (192, 6144)} == {2e-4}

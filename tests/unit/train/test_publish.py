@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_a_failed_replacement_leaves_what_was_there(nano: Path, tmp_path: Path) 
         write(model, nano, out, replace=True)
     assert inspect(out).problems == ()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_cannot_be_put_in_place_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("old")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with (
+        pytest.raises(CheckpointError, match="cannot be made: Input/output error"),
+        publish.staged(tmp_path / "out", replace=True) as work,
+    ):
+        (work / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "kept"]
 
 
 def test_a_config_of_another_model_is_refused(nano: Path, tmp_path: Path) -> None:

@@ -77,10 +77,11 @@ def bullets(rng: Random, words: Words) -> Task:
 
 
 def named(rng: Random, words: Words) -> Task:
-    """So many members of a category, as a list of a kind."""
+    """So many members of a category, as a list of a kind: neighbours in our list, so that each foretells the next."""
     category = rng.choice(list(CATEGORIES))
     count = rng.randint(2, 6)
-    items = rng.sample(CATEGORIES[category], count)
+    first = rng.randrange(len(CATEGORIES[category]) - count + 1)
+    items = CATEGORIES[category][first : first + count]
     number = _number(rng, count)
     kind = rng.choice(("numbered_list", "bullet_list", "comma_list"))
     asked = {
@@ -160,7 +161,10 @@ def member(rng: Random, words: Words) -> Task:
         fresh = words.coined(rng)
         word = fresh.capitalize() if items[0][0].isupper() else fresh
         inside = word in items
-    request = f"Is {word} in this list? {', '.join(items)}. Answer yes or no."
+    said = ", ".join(items)
+    request = rng.choice(
+        (f"Is {word} in this list? {said}. Answer yes or no.", f"{said}. Is {word} in this list? Answer yes or no.")
+    )
     answer = "yes" if inside else "no"
     steps = f"I look for {word}. " + (f"I see {word}." if inside else "It is not there.")
     return Task(request, answer, _exact(answer), steps, f"The list: {', '.join(items)}.")
@@ -177,10 +181,13 @@ def position(rng: Random, words: Words) -> Task:
 
 
 def counted(rng: Random, words: Words) -> Task:
+    """Counted aloud: the number that is the answer follows from the one before it."""
     items = some(rng, words, 1, 7)
     request = rng.choice(("How many words are here? {}", "Count these words: {}")).format(" ".join(items))
-    steps = ", ".join(f"{i} {item}" for i, item in enumerate(items, 1)) + "."
-    return Task(request, str(len(items)), _exact(str(len(items))), steps, f"The last number is {len(items)}.")
+    aloud = ", ".join(f"{i} {item}" for i, item in enumerate(items, 1))
+    total = f"{len(items)} word{'s' * (len(items) > 1)}."
+    check = {"type": "ends", "value": total, "sentences": 1}
+    return Task(request, f"{aloud}: {total}", check, f"{aloud}.", f"The last number is {len(items)}.")
 
 
 def wrapped(rng: Random, words: Words) -> Task:
@@ -232,15 +239,37 @@ TASKS: tuple[Callable[[Random, Words], Task], ...] = (
     numbered, bullets, named, commas, as_json, upper, lower, repeat, table, member, position, counted, wrapped,
     joined, opened, backwards, echo,
 )  # fmt: skip
+# What is hard to learn is practised more often; a test asks for all alike.
+PRACTICE: Mapping[Callable[[Random, Words], Task], int] = {
+    **dict.fromkeys(TASKS, 2), opened: 1, wrapped: 1, as_json: 1, echo: 1,
+    upper: 4, lower: 4, backwards: 4, position: 4, member: 3, counted: 3, repeat: 3, commas: 3,
+}  # fmt: skip
+
+
+# What a model gets wrong last: to stop at a number, to compare words, to change case.
+EXERCISES: Mapping[Callable[[Random, Words], Task], int] = {
+    named: 5, repeat: 4, member: 4, upper: 4, backwards: 2, counted: 1, commas: 1, lower: 1,
+}  # fmt: skip
 
 
 def make(rng: Random, words: Words, effort: Effort) -> Example:
     """One instruction; without thinking a chat of several."""
-    tasks = [rng.choice(TASKS)(rng, words) for _ in range(rng.randint(2, 5))]
-    if effort != "none":
-        tasks = tasks[-1:]
-    messages = []
-    for task in tasks:
+    shares = [PRACTICE[task] if words.split == "train" else 1 for task in TASKS]
+    tasks = [task(rng, words) for task in rng.choices(TASKS, shares, k=rng.randint(2, 7))]
+    messages, last = _chat(tasks, effort)
+    return Example("format", messages, effort=effort, check=last.check)
+
+
+def exercise(rng: Random, words: Words, effort: Effort) -> Example:
+    """The same of what is hard only. Nothing is checked: it is practice."""
+    tasks = [task(rng, words) for task in rng.choices(list(EXERCISES), list(EXERCISES.values()), k=rng.randint(4, 8))]
+    return Example("exercise", _chat(tasks, effort)[0], effort=effort)
+
+
+def _chat(tasks: list[Task], effort: Effort) -> tuple[tuple[dict[str, Any], ...], Task]:
+    """The messages, and the last task; with thinking only that one."""
+    messages: list[dict[str, Any]] = []
+    for task in tasks if effort == "none" else tasks[-1:]:
         thoughts = thinking(effort, "The user wants this: " + task.request, task.steps, task.review)
         messages += [user(task.request), assistant(task.answer, thinking=thoughts)]
-    return Example("format", tuple(messages), effort=effort, check=tasks[-1].check)
+    return tuple(messages), tasks[-1]

@@ -25,6 +25,8 @@ KINDS: Mapping[str, Maker] = {
     "persona": chats.persona,
     "refusal": chats.refusal,
     "echo": echo.make,
+    "drill": echo.drill,
+    "exercise": formats.exercise,
 }
 # Shares of examples. Of tokens, retrieval and tools are about 30 % each, formats 13 %, stories 15 %, arithmetic 7 %.
 MIXTURE: Mapping[str, float] = {
@@ -34,16 +36,37 @@ MIXTURE: Mapping[str, float] = {
     "reading": 0.05,
     "retrieval": 0.12,
     "records": 0.02,
-    "arithmetic": 0.20,
-    "format": 0.27,
-    "tool": 0.13,
+    "arithmetic": 0.12,
+    "format": 0.33,
+    "tool": 0.15,
     "chat": 0.045,
     "memory": 0.035,
     "persona": 0.01,
     "refusal": 0.02,
 }
-# Of a model that knows nothing yet: every sixth example is a line that comes again.
-FIRST_MIXTURE: Mapping[str, float] = {**{kind: share * 5 / 6 for kind, share in MIXTURE.items()}, "echo": 1 / 6}
+# Of a model that knows nothing yet: every fourth example is lines that come again, as they were or changed.
+FIRST_MIXTURE: Mapping[str, float] = {
+    **{kind: share * 3 / 4 for kind, share in MIXTURE.items()},
+    "echo": 1 / 8,
+    "drill": 1 / 8,
+}
+# At the end: mostly what is still got wrong, and of all else enough to keep it.
+LAST_MIXTURE: Mapping[str, float] = {
+    "text": 0.01,
+    "story": 0.02,
+    "description": 0.01,
+    "reading": 0.04,
+    "retrieval": 0.10,
+    "records": 0.02,
+    "arithmetic": 0.05,
+    "format": 0.22,
+    "tool": 0.20,
+    "chat": 0.02,
+    "memory": 0.02,
+    "persona": 0.01,
+    "refusal": 0.01,
+    "exercise": 0.27,
+}
 EFFORT_SHARES: Mapping[Effort, float] = {"none": 0.6, "high": 0.2, "max": 0.2}
 
 
