@@ -1,4 +1,4 @@
-"""Decodes requests of types that nobody has used yet, from many threads at once. Run as a program: it must not crash."""
+"""Decodes requests of types that nobody has used yet, from many threads at once. A program: it must not crash."""
 
 from __future__ import annotations
 
