@@ -33,14 +33,15 @@ def settings_reference() -> str:
 
 
 INTRODUCTION = f"""\
-One TOML file. Unknown keys are errors. `freehold gateway check FILE` checks it; a running gateway takes a changed file within
-a second or two, or says why it keeps the old settings.
+One TOML file. Unknown keys are errors. `freehold gateway check FILE` checks it; a running gateway takes a changed file
+within a second or two, or says why it keeps the old settings.
 
 A *name* is a string of at most 128 letters, digits and `. _ : / @ -`, which begins with a letter or digit. *USD* are
 dollars; prices are dollars a million tokens. Relative paths are relative to the folder in which the gateway is started.
 
-How to [run a gateway](../how-to/run-a-gateway.md), [route by policy and task](../how-to/route-by-policy-and-task.md), [use keys,
-budgets and the ledger](../how-to/keys-budgets-and-the-ledger.md), [roll out a model](../how-to/roll-out-a-model.md).
+How to [run a gateway](../how-to/run-a-gateway.md), [route by policy and task](../how-to/route-by-policy-and-task.md),
+[use keys, budgets and the ledger](../how-to/keys-budgets-and-the-ledger.md), [roll out a
+model](../how-to/roll-out-a-model.md).
 
 Metrics that a guardrail can name: {", ".join(f"`{name}`" for name in METRICS)}.
 """

@@ -13,7 +13,7 @@ from freehold.gateway.upstream import read_key
 
 
 def report(settings: Settings) -> Iterator[str]:
-    """Lines. Raises ConfigError: a key that is not where the settings say, an address that air-gapped settings refuse."""
+    """Lines. Raises ConfigError: a key is not where the settings say, or they are air-gapped and call outside."""
     read_admin_key(settings)
     check_addresses(settings)
     gateway = settings.gateway

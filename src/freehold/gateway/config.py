@@ -163,7 +163,7 @@ class Arm(Section):
     weight: float = Field(
         1.0,
         ge=0,
-        description="Share of the sticky units, among the weights of all arms; the two arms of an experiment share theirs.",
+        description="Share of the sticky units, among the weights of all arms; an experiment's two arms pool theirs.",
     )
     effort: Effort | None = Field(None, description="Replaces the effort a request asks for.")
 
@@ -263,7 +263,7 @@ class Guardrail(Section):
     metric: str = Field(description="What is compared: one of `freehold.gateway.windows.METRICS`.")
     margin: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="How much worse is still accepted: absolute for rates and scores, else relative; not given: the metric's own.",
+        description="How much worse is accepted: absolute for rates and scores, else relative; the metric's own.",
     )
 
     @model_validator(mode="after")
