@@ -144,6 +144,16 @@ def fields_tables() -> str:
     return "\n" + "\n".join(parts) + "\n"
 
 
+# ---- the gateway
+
+
+def gateway_reference() -> str:
+    """Every table and key of its settings."""
+    from docs.settings import settings_reference
+
+    return NOTE.format(source="the classes in `src/freehold/gateway/config.py`") + settings_reference()
+
+
 # ---- the trained model
 
 
@@ -197,6 +207,7 @@ def summary(file: Path) -> str:
 PAGES: Mapping[str, Callable[[], str]] = {
     "tests/golden/cli.txt": cli_surface,
     "docs/reference/cli.md": cli_reference,
+    "docs/reference/gateway.md": gateway_reference,
 }
 REGIONS: Mapping[tuple[str, str], Callable[[], str]] = {
     ("ARCHITECTURE.md", "tree"): layout_tree,
@@ -207,7 +218,7 @@ REGIONS: Mapping[tuple[str, str], Callable[[], str]] = {
 
 
 def main() -> int:
-    sys.path.insert(0, str(ROOT))  # for docs.transcript
+    sys.path.insert(0, str(ROOT))  # for its neighbours
     for path, content in generated().items():
         if not path.exists() or path.read_text() != content:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,11 @@ RUNNABLE = ("bash", "sh", "python", "console")
 # How a block is tested, said by a comment just before it:
 #   <!-- test: server -->         run against a live server, whose address and model replace those in the block
 #   <!-- test: here -->           run in a folder that has models/small
+#   <!-- test: in turn -->        a page's blocks of this kind are run in one empty folder, from top to bottom
+#   <!-- test: in turn, serves URL -->  one of these that goes on in the background, until URL/ready answers
 #   <!-- test: make -->           every `make TARGET` in it is a target of the Makefile
 #   <!-- test: no, REASON -->     not run
-MODES = ("server", "here", "make", "no")
+MODES = ("server", "here", "in turn", "make", "no")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, Field
 
 from docs.generate import generated, replace_region
+from docs.settings import section, settings_reference
 from tests.docs.markdown import MODES, Block, all_blocks, broken_links, documents
 from tests.source_checks import ROOT
 
@@ -23,6 +25,38 @@ def test_a_region_is_replaced_and_a_missing_one_is_an_error() -> None:
     assert replace_region(text, "t", "new\n") == "a\n<!-- t -->\nnew\n<!-- /t -->\nb"
     with pytest.raises(ValueError, match="other"):
         replace_region(text, "other", "new")
+
+
+def test_the_settings_reference_has_every_key_and_takes_none_without_words() -> None:
+    text = settings_reference()
+    for words in (
+        "## `[upstreams.NAME.models.MODEL.prices]`",
+        "| `flush_ms` | integer > 0, ≤ 200 | `100` |",
+        "| `fallback` | list of names |",
+        "| `url` | string |",
+        "| `steps` | list of numbers ≥ 0, ≤ 1 | `0.05`, `0.25`, `0.5`, `1.0` |",
+        "## `[[experiments.NAME.guardrails]]`",
+    ):
+        assert words in text
+
+    class Told(BaseModel):
+        """Something."""
+
+        key: int = Field(1, description="What it does.")
+
+    class Silent(BaseModel):
+        """Something."""
+
+        key: int = 1
+
+    class Nameless(BaseModel):
+        key: int = Field(1, description="What it does.")
+
+    assert "| `key` | integer | `1` | What it does. |" in section("[told]", Told)
+    with pytest.raises(ValueError, match=r"Silent\.key has no description"):
+        section("[silent]", Silent)
+    with pytest.raises(ValueError, match="Nameless has no docstring"):
+        section("[nameless]", Nameless)
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda file: str(file.relative_to(ROOT)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -28,6 +29,10 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT / "src"),
 }
 FREEHOLD = [sys.executable, "-m", "freehold.cli.main"]
+
+
+PORT = re.compile(r"\b80\d\d\b")
+SIM = "--sim --served-model-name freehold-tiny"
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,82 @@ def test_a_snippet_works_against_a_live_server(block: Block, server: Server, mod
 @pytest.mark.parametrize("block", all_blocks("here"), ids=str)
 def test_a_snippet_works_beside_a_checkpoint(block: Block, models: Path) -> None:
     assert run(block, models, block.text).strip(), "it printed nothing"
+
+
+def pages_in_turn() -> list[Path]:
+    return list(dict.fromkeys(block.file for block in all_blocks("in turn")))
+
+
+@pytest.mark.parametrize("engine", [SIM, str(ROOT / "models" / "freehold-tiny")], ids=["sim", "checkpoint"])
+@pytest.mark.parametrize("page", pages_in_turn(), ids=lambda page: page.name)
+def test_a_page_works_from_top_to_bottom(page: Path, engine: str, tmp_path: Path) -> None:
+    blocks = [block for block in all_blocks("in turn") if block.file == page]
+    assert any(SIM in block.text for block in blocks), "nothing stands for the checkpoint"
+    blocks = [dataclasses.replace(block, text=block.text.replace(SIM, engine)) for block in blocks]
+    printed = run_in_turn(blocks, tmp_path)
+    if page.name == "run-a-gateway.md" and engine == SIM:
+        check_what_the_gateways_page_says({block.text: text for block, text in printed.items()})
+
+
+def check_what_the_gateways_page_says(printed: dict[str, str]) -> None:
+    def shown(words: str) -> str:
+        [text] = [text for block, text in printed.items() if words in block]
+        return text
+
+    small, _, large = shown("for limit in 100 4096").partition("\n200\n")
+    assert '"usage"' in small
+    assert "budget_exhausted" in large
+    assert "\n429\n" in large
+    assert "ramping" in shown("until freehold canary status")
+    assert shown("traffic.py") == "400 answers\n"
+    looked = shown("freehold ledger tokens")
+    assert re.search(r"question +1 +400 +0 ", looked)
+    assert re.search(r"^new +\d+ +0 ", looked, re.MULTILINE)
+    assert 'freehold_gateway_attempts_total{alias="assistant",arm="new"' in looked
+    assert "rolled_back" in shown("canary abort")
+    assert "the same again" in shown("canary abort")
+
+
+def run_in_turn(blocks: list[Block], folder: Path) -> dict[Block, str]:
+    """Run blocks one after the other, those that serve in the background. Every port is replaced by a free one.
+    Returns what the others printed. At the end each server must drain and end well."""
+    ports = {port: str(free_port()) for block in blocks for port in PORT.findall(block.text + block.mode)}
+    printed: dict[Block, str] = {}
+    serving: list[tuple[subprocess.Popen[bytes], Path]] = []
+    try:
+        for block in blocks:
+            text, mode = (PORT.sub(lambda port: ports[port[0]], each) for each in (block.text, block.mode))
+            _, _, root = mode.partition("serves ")
+            if not root:
+                printed[block] = run(block, folder, text)
+                assert printed[block].strip(), f"{block} printed nothing"
+                continue
+            log = folder / f"serving-{len(serving)}.log"
+            with log.open("wb") as output:
+                command = ["bash", "-c", f"exec {text.strip()}"]
+                process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=output)
+            serving.append((process, log))
+            wait_ready(process, root, log, 60)
+        for process, log in reversed(serving):
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=40) == 0, log.read_text()
+    finally:
+        for process, _ in serving:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return printed
+
+
+def test_a_block_that_fails_in_turn_is_found(tmp_path: Path) -> None:
+    page = ROOT / "README.md"
+    good = Block(page, 1, "bash", "in turn", "echo 1 > kept; echo made")
+    next_one = Block(page, 2, "bash", "in turn", "cat kept")
+    assert run_in_turn([good, next_one], tmp_path) == {good: "made\n", next_one: "1\n"}
+    with pytest.raises(AssertionError, match="failed"):
+        run_in_turn([Block(page, 3, "bash", "in turn", "cat kept; false")], tmp_path)
+    with pytest.raises(AssertionError, match="ended with 3"):
+        run_in_turn([Block(page, 4, "bash", "in turn, serves http://127.0.0.1:8000", "sh -c 'exit 3'")], tmp_path)
 
 
 def test_a_directive_makes_the_simulator_fail(server: Server) -> None:

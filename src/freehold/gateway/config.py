@@ -32,13 +32,17 @@ class Section(BaseModel):
 
 
 class Gateway(Section):
+    """The gateway itself. `host`, `port`, `data_dir` and the admin key change only with a restart."""
+
     host: str = Field("127.0.0.1", description="Address to bind; another than loopback needs keys.")
     port: int = Field(8080, ge=0, le=65535, description="0: any free port.")
     data_dir: Path = Field(Path("freehold-gateway"), description="Database, audit log, secrets; made with mode 0700.")
     air_gapped: bool = Field(False, description="Refuse every upstream that is not on a private or loopback address.")
     drain_seconds: Seconds = Field(30.0, description="How long running calls may take to end after SIGTERM.")
     max_body_bytes: int = Field(33_554_432, gt=0, description="Larger requests get 413.")
-    max_answer_bytes: int = Field(67_108_864, gt=0, description="Of an answer that is not streamed; larger: an error.")
+    max_answer_bytes: int = Field(
+        67_108_864, gt=0, description="Of an answer that is not streamed; a larger one is an error."
+    )
     admin_key_env: str = Field("", description="Environment variable with the admin key; no key, no admin API.")
     admin_key_file: Path | None = Field(None, description="File with the admin key.")
     sample_prompts: Share = Field(0.0, description="Share of calls whose text is kept; 0: none.")
@@ -46,22 +50,34 @@ class Gateway(Section):
 
 
 class Store(Section):
-    kind: Literal["sqlite", "postgres"] = "sqlite"
+    """Where rows, keys, budgets and experiments are kept. Changes only with a restart."""
+
+    kind: Literal["sqlite", "postgres"] = Field(
+        "sqlite", description="A file in `data_dir`, or a PostgreSQL that several gateways share."
+    )
     dsn_env: str = Field("", description="Environment variable with the PostgreSQL address.")
-    flush_ms: Annotated[int, Field(gt=0, le=200)] = Field(100, description="Rows reach the disk at most so much later.")
-    retention_days: Annotated[int, Field(gt=0)] | None = Field(None, description="Older rows are deleted.")
+    flush_ms: Annotated[int, Field(gt=0, le=200)] = Field(
+        100, description="Rows reach the disk at most so many milliseconds later."
+    )
+    retention_days: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="Rows of that age are deleted, with their notes; not given: they stay."
+    )
 
 
 class Timeouts(Section):
-    connect: Seconds = 3.0
-    first_byte: Seconds = 120.0
-    between_chunks: Seconds = 60.0
-    total: Seconds = 1800.0
+    """Seconds, of one attempt."""
+
+    connect: Seconds = Field(3.0, description="For the connection.")
+    first_byte: Seconds = Field(120.0, description="For the first byte of the answer.")
+    between_chunks: Seconds = Field(60.0, description="For each further piece of it.")
+    total: Seconds = Field(1800.0, description="For all of it.")
 
 
 class Health(Section):
+    """Probes. Engines have them; an upstream with `engine = "api"` only where this table is given."""
+
     path: str = Field("/health", description="Asked for at the upstream's root; 2xx is healthy.")
-    every: Seconds = 5.0
+    every: Seconds = Field(5.0, description="Seconds between two probes.")
     failures: int = Field(
         3, gt=0, description="So many in a row eject a replica; a good answer and a generation bring it back."
     )
@@ -71,34 +87,43 @@ class Health(Section):
 
 
 class Breaker(Section):
+    """Keeps calls away from a replica whose calls fail."""
+
     failures: int = Field(5, gt=0, description="So many in a row open the circuit.")
-    open_seconds: Seconds = Field(10.0, description="Then one call is let through.")
+    open_seconds: Seconds = Field(10.0, description="How long it is open; then one call is let through.")
 
 
 class Prices(Section):
     """USD a million tokens."""
 
-    input: Dollars = 0.0
-    cached_input: Dollars | None = None
-    output: Dollars = 0.0
+    input: Dollars = Field(0.0, description="Of tokens of the prompt.")
+    cached_input: Dollars | None = Field(None, description="Of those among them that were cached; not given: as input.")
+    output: Dollars = Field(0.0, description="Of generated tokens, reasoning included.")
 
 
 class UpstreamModel(Section):
-    prices: Prices = Prices()
-    weights: str = Field("", description="Digest of the weights, for the ledger.")
-    licence: str = ""
-    context: int | None = Field(None, gt=0, description="Tokens of context, if less than the model's.")
+    """A model that the upstream has, by the upstream's name for it."""
+
+    prices: Prices = Field(Prices(), description="What it costs.")
+    weights: str = Field(
+        "", description="Digest of the weights, for the ledger; a new one asks for a generation first."
+    )
+    licence: str = Field("", description="Shown by `freehold gateway check`.")
 
 
 class Upstream(Section):
+    """An engine or an API: one address, or several that serve the same."""
+
     url: str = Field("", description="Base URL, with /v1.")
     urls: tuple[str, ...] = Field((), description="Of several replicas, instead of url.")
     speaks: tuple[Speaks, ...] = Field(("chat", "completions"), description="Wire formats it knows.")
-    engine: Literal["freehold", "vllm", "sglang", "llamacpp", "api"] = "api"
-    key_env: str = ""
-    key_file: Path | None = None
-    auth: Literal["bearer", "x-api-key", "none"] = "bearer"
-    models: dict[Name, UpstreamModel] = Field(default_factory=dict)
+    engine: Literal["freehold", "vllm", "sglang", "llamacpp", "api"] = Field(
+        "api", description="What it is: whether it is probed, and how its metrics and its efforts are called."
+    )
+    key_env: str = Field("", description="Environment variable with the key it wants.")
+    key_file: Path | None = Field(None, description="File with that key.")
+    auth: Literal["bearer", "x-api-key", "none"] = Field("bearer", description="How the key is sent.")
+    models: dict[Name, UpstreamModel] = Field(default_factory=dict, description="What it serves.")
     provider: str = Field("", description="Who runs it, for the policy; empty: ourselves.")
     region: str = Field("", description="Where it runs, for the policy.")
     data_classes: tuple[str, ...] = Field((), description="Classes of data it may be sent; unclassed data always may.")
@@ -106,10 +131,10 @@ class Upstream(Section):
     affinity: bool = Field(
         True, description="A conversation stays on one replica, for its prefix cache, load permitting."
     )
-    max_concurrent: int | None = Field(None, gt=0)
-    timeouts: Timeouts = Timeouts()
-    health: Health = Health()
-    breaker: Breaker = Breaker()
+    max_concurrent: int | None = Field(None, gt=0, description="Calls at once, over all of its replicas.")
+    timeouts: Timeouts = Field(Timeouts(), description="How long it may take.")
+    health: Health = Field(Health(), description="How it is probed.")
+    breaker: Breaker = Field(Breaker(), description="When calls are kept away from it.")
     metrics: bool = Field(False, description="Read /metrics of replicas, to send calls to the least loaded.")
 
     @model_validator(mode="after")
@@ -130,35 +155,41 @@ class Upstream(Section):
 
 
 class Arm(Section):
-    name: Name
-    upstream: Name
+    """One of the places where an alias may go."""
+
+    name: Name = Field(description="What experiments and the ledger call it.")
+    upstream: Name = Field(description="One of `[upstreams]`.")
     model: Name = Field(description="What it is called at the upstream.")
-    weight: float = Field(1.0, ge=0, description="Share of the sticky units, among the weights of all arms.")
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="Share of the sticky units, among the weights of all arms; an experiment's two arms pool theirs.",
+    )
     effort: Effort | None = Field(None, description="Replaces the effort a request asks for.")
 
 
 class Model(Section):
     """An alias: what clients ask for."""
 
-    arms: tuple[Arm, ...] = Field(min_length=1)
+    arms: tuple[Arm, ...] = Field(min_length=1, description="At least one.")
     fallback: tuple[Name, ...] = Field((), description="Aliases tried when all arms fail before the first byte.")
     max_output_tokens: int = Field(32_768, gt=0, description="What a request without a limit may cost, for budgets.")
-    note: str = ""
+    note: str = Field("", description="Shown by `freehold gateway check`.")
 
 
 class When(Section):
-    """All that are given must hold."""
+    """A condition. All that are given must hold; of a list, one."""
 
-    model: tuple[Name, ...] = ()
-    key: tuple[str, ...] = ()
-    team: tuple[str, ...] = ()
+    model: tuple[Name, ...] = Field((), description="The alias that was asked for.")
+    key: tuple[str, ...] = Field((), description="The name of the caller's key.")
+    team: tuple[str, ...] = Field((), description="Its team.")
     header: dict[str, str] = Field(default_factory=dict, description="Lower-case name, exact value.")
     task: tuple[str, ...] = Field((), description="Values of the header x-task.")
-    body_bytes_over: int | None = None
-    body_bytes_under: int | None = None
-    prompt_name: tuple[str, ...] = ()
-    prompt_version: tuple[str, ...] = ()
-    effort: tuple[Effort, ...] = ()
+    body_bytes_over: int | None = Field(None, description="The body is longer.")
+    body_bytes_under: int | None = Field(None, description="The body is shorter.")
+    prompt_name: tuple[str, ...] = Field((), description="Of the header x-prompt-name, or of metadata.prompt_name.")
+    prompt_version: tuple[str, ...] = Field((), description="Of x-prompt-version, or of metadata.prompt_version.")
+    effort: tuple[Effort, ...] = Field((), description='The effort that was asked for; "": none was.')
     data_class: tuple[str, ...] = Field((), description="Of the request, or else of its key.")
     path: Literal["reasoning", "efficiency"] | None = Field(None, description="What the rules of [paths] say.")
 
@@ -219,18 +250,20 @@ class DataClass(Section):
 class Route(Section):
     """The first one whose condition holds sends the request to another alias, with another effort."""
 
-    name: Name
-    when: When = When()
-    to: Name | None = None
-    effort: Effort | None = None
+    name: Name = Field(description="What the ledger calls it.")
+    when: When = Field(When(), description="For which requests; not given: for all.")
+    to: Name | None = Field(None, description="The alias to send them to.")
+    effort: Effort | None = Field(None, description="Replaces the effort they ask for.")
     mode: Literal["on", "shadow"] = Field("on", description="shadow: only count what it would have saved.")
 
 
 class Guardrail(Section):
-    metric: str = Field(description="One of `freehold.gateway.windows.METRICS`.")
+    """Something that the canary must not make worse."""
+
+    metric: str = Field(description="What is compared: one of `freehold.gateway.windows.METRICS`.")
     margin: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="How much worse is still accepted: absolute for rates and scores, else relative; the metric's own.",
+        description="How much worse is accepted: absolute for rates and scores, else relative; the metric's own.",
     )
 
     @model_validator(mode="after")
@@ -257,43 +290,50 @@ class Judging(Section):
 
 
 class Experiment(Section):
-    alias: Name
+    """A canary: how a second arm of an alias gets its traffic, and what stops it."""
+
+    alias: Name = Field(description="One of `[models]`; each has one experiment at most.")
     control: Name = Field(description="An arm of the alias.")
     canary: Name = Field(description="Another.")
-    sticky: Literal["conversation", "user", "key"] = "conversation"
+    sticky: Literal["conversation", "user", "key"] = Field(
+        "conversation", description="The unit that stays on one arm, and is counted."
+    )
     steps: tuple[Share, ...] = Field((0.05, 0.25, 0.5, 1.0), description="Canary's share of the units, ascending.")
     shadow: Share = Field(0.0, description="Share of the control's requests that are mirrored to the canary.")
-    guardrails: tuple[Guardrail, ...] = Field(min_length=1)
-    judge: Judging | None = None
+    guardrails: tuple[Guardrail, ...] = Field(min_length=1, description="At least one.")
+    judge: Judging | None = Field(None, description="Scores pairs of answers, for quality and groundedness.")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false rollback, over the whole experiment.")
     aa_units: int = Field(0, ge=0, description="A/A first: so many units with both arms the control.")
     warm_up_requests: int = Field(20, ge=0, description="First requests of the canary that are not analysed.")
     min_step_requests: int = Field(200, ge=0, description="Of the canary, before the next step.")
     max_requests: int = Field(4000, gt=0, description="Of the canary; then it is inconclusive.")
-    when_inconclusive: Literal["hold", "rollback"] = "rollback"
+    when_inconclusive: Literal["hold", "rollback"] = Field(
+        "rollback", description="hold: the canary keeps its share; rollback: it loses it."
+    )
 
 
 class Key(Section):
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="Of the key; the key is nowhere.")
-    team: str = ""
-    scopes: tuple[Literal["chat", "completions", "responses", "messages", "embeddings", "feedback"], ...] = (
-        "chat",
-        "completions",
-        "responses",
-        "messages",
-        "embeddings",
-        "feedback",
+    """A key of a caller. Others are made with `freehold gateway key new`."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(
+        description="Of the key, in hex; the key itself is nowhere."
+    )
+    team: str = Field("", description="One of `[teams]`, whose budget counts too.")
+    scopes: tuple[Literal["chat", "completions", "responses", "messages", "embeddings", "feedback"], ...] = Field(
+        ("chat", "completions", "responses", "messages", "embeddings", "feedback"), description="What it may ask for."
     )
     models: tuple[Name, ...] = Field((), description="Aliases it may use; empty: all.")
-    data_class: str = ""
-    requests_per_minute: int | None = Field(None, gt=0)
-    tokens_per_minute: int | None = Field(None, gt=0)
-    max_concurrent: int | None = Field(None, gt=0)
+    data_class: str = Field("", description="Class of the data in its prompts.")
+    requests_per_minute: int | None = Field(None, gt=0, description="Counted by each gateway on its own.")
+    tokens_per_minute: int | None = Field(None, gt=0, description="Input and output; by each gateway on its own.")
+    max_concurrent: int | None = Field(None, gt=0, description="Calls at once; by each gateway on its own.")
     budget_per_day: Dollars | None = Field(None, description="USD a UTC day.")
 
 
 class Team(Section):
-    budget_per_day: Dollars | None = None
+    """What keys have in common."""
+
+    budget_per_day: Dollars | None = Field(None, description="USD a UTC day, of all of its keys together.")
 
 
 class Telemetry(Section):
@@ -305,19 +345,19 @@ class Telemetry(Section):
 
 
 class Settings(Section):
-    """The whole file."""
+    """Every table of the file."""
 
-    gateway: Gateway = Gateway()
-    store: Store = Store()
-    upstreams: dict[Name, Upstream] = Field(min_length=1)
-    models: dict[Name, Model] = Field(min_length=1)
-    routes: tuple[Route, ...] = ()
-    paths: Paths = Paths()
-    data_classes: dict[Name, DataClass] = Field(default_factory=dict)
-    experiments: dict[Name, Experiment] = Field(default_factory=dict)
-    keys: dict[Name, Key] = Field(default_factory=dict)
-    teams: dict[Name, Team] = Field(default_factory=dict)
-    telemetry: Telemetry = Telemetry()
+    gateway: Gateway = Field(Gateway(), description="Address, data, limits of requests.")
+    store: Store = Field(Store(), description="The database.")
+    upstreams: dict[Name, Upstream] = Field(min_length=1, description="Engines and APIs. At least one.")
+    models: dict[Name, Model] = Field(min_length=1, description="What clients ask for. At least one.")
+    routes: tuple[Route, ...] = Field((), description="Rules, in order.")
+    paths: Paths = Field(Paths(), description="The reasoning path and the efficiency path.")
+    data_classes: dict[Name, DataClass] = Field(default_factory=dict, description="Where classes of data may go.")
+    experiments: dict[Name, Experiment] = Field(default_factory=dict, description="Canaries.")
+    keys: dict[Name, Key] = Field(default_factory=dict, description="Keys of callers.")
+    teams: dict[Name, Team] = Field(default_factory=dict, description="Budgets that keys share.")
+    telemetry: Telemetry = Field(Telemetry(), description="Spans.")
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:

@@ -182,15 +182,20 @@ def test_a_changed_file_is_noticed(gateway: Start, upstream: StartUpstream) -> N
 
 def test_check_says_what_settings_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "g.toml"
-    path.write_text(config("http://10.0.0.1:1/v1") + KEYS)
+    path.write_text(config("http://10.0.0.1:1/v1") + KEYS + "\n[data_classes.secret]\nlocal = true\n")
     assert main(["gateway", "check", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "model glm: a 100.0% → u/m" in shown
+    assert "model glm: a 100% (u: m)" in shown
     assert "m: licence MIT" in shown
     assert digest("key-of-all") not in shown
+    assert "data class secret: may go to nothing" in shown
+    assert "warning: data class 'secret' may go nowhere" in shown
     path.write_text(config("http://10.0.0.1:1/v1", head="[gateway]\nprot = 1"))
     assert main(["gateway", "check", str(path)]) == 3
     assert "gateway.prot" in capsys.readouterr().err
+    path.write_text(config("http://192.0.2.1:1/v1", head="[gateway]\nair_gapped = true"))
+    assert main(["gateway", "check", str(path)]) == 3
+    assert "air" in capsys.readouterr().err
 
 
 # ---- what a request is read as -------------------------------------------------------------------------------
