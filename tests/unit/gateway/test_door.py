@@ -90,7 +90,9 @@ def test_without_keys_only_programs_on_this_machine_may_ask(gateway: Start, upst
 
 def test_another_address_needs_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "g.toml"
-    path.write_text(config("http://127.0.0.1:1/v1", head=f'[gateway]\ndata_dir = "{tmp_path}"\nhost = "0.0.0.0"\nport = 0'))
+    path.write_text(
+        config("http://127.0.0.1:1/v1", head=f'[gateway]\ndata_dir = "{tmp_path}"\nhost = "0.0.0.0"\nport = 0')
+    )
     assert main(["gateway", str(path)]) == 2
     assert "there is no API key" in capsys.readouterr().err
 
