@@ -136,10 +136,8 @@ def third_party_imports(files: list[Path]) -> dict[tuple[str, ...], str]:
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             for module in {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names:
-                names_of = sorted(
-                    {re.sub(r"[-_.]+", "-", each).lower() for each in distributions.get(module, [module])}
-                )
-                found[tuple(names_of)] = relative(file)
+                known = distributions.get(module, [module])
+                found[tuple(sorted({re.sub(r"[-_.]+", "-", each).lower() for each in known}))] = relative(file)
     return found
 
 
