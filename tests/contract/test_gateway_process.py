@@ -70,16 +70,15 @@ def test_a_signal_reloads_and_another_drains(
     gateway.send_signal(signal.SIGHUP)
     wait_for("new settings: gateway.toml", log, gateway)
 
-    with httpx.Client(base_url=root, timeout=30) as client:
-        with client.stream("POST", "/v1/chat/completions", json=BODY) as answer:
-            lines = answer.iter_lines()
-            assert next(lines).startswith("data: ")
-            gateway.send_signal(signal.SIGTERM)
-            wait_for("draining", log, gateway)
-            refused = httpx.post(f"{root}/v1/chat/completions", json=BODY)
-            assert refused.status_code == 503
-            assert float(refused.headers["retry-after"]) > 0
-            assert httpx.get(f"{root}/ready").status_code == 503
-            assert httpx.get(f"{root}/health").status_code == 200
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+    with httpx.stream("POST", f"{root}/v1/chat/completions", json=BODY, timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        gateway.send_signal(signal.SIGTERM)
+        wait_for("draining", log, gateway)
+        refused = httpx.post(f"{root}/v1/chat/completions", json=BODY)
+        assert refused.status_code == 503
+        assert float(refused.headers["retry-after"]) > 0
+        assert httpx.get(f"{root}/ready").status_code == 503
+        assert httpx.get(f"{root}/health").status_code == 200
+        assert [line for line in lines if line][-1] == "data: [DONE]"
     assert gateway.wait(timeout=20) == 0, log.read_text()
