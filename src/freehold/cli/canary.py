@@ -25,6 +25,7 @@ Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Its name in the
 Url = Annotated[str, typer.Option("--url", help="The gateway.")]
 KeyEnv = Annotated[str, typer.Option("--admin-key-env", help="Environment variable with the admin key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WIDTH = 100  # of the table, also where the terminal has less: a line that wraps is better than one that is cut
 _URL, _KEY = "http://127.0.0.1:8080", "FREEHOLD_ADMIN_KEY"
 
 
@@ -48,6 +49,7 @@ def status(
     from freehold.cli.canary_status import show
 
     console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
     experiments = [found] if name else found["experiments"]
     if not experiments:
         console.print("The settings have no experiment.")

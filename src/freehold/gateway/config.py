@@ -173,7 +173,9 @@ class Model(Section):
 
     arms: tuple[Arm, ...] = Field(min_length=1, description="At least one.")
     fallback: tuple[Name, ...] = Field((), description="Aliases tried when all arms fail before the first byte.")
-    max_output_tokens: int = Field(32_768, gt=0, description="What a request without a limit may cost, for budgets.")
+    max_output_tokens: int = Field(
+        32_768, gt=0, description="Limit of a request that sets none, if given here; and what such a one may cost."
+    )
     note: str = Field("", description="Shown by `freehold gateway check`.")
 
 

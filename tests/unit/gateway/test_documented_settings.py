@@ -40,6 +40,35 @@ def test_every_block_of_settings_is_valid(number: int) -> None:
     Settings.model_validate(merged(tomllib.loads(TOML + AROUND), tomllib.loads(block)))
 
 
+HOW_TO = ROOT / "docs" / "how-to"
+# What the blocks of other pages take for granted; the README's has everything.
+ROLL_OUT = """
+[upstreams.api]
+url = "https://api.example.com/v1"
+models.big-model = {}
+[upstreams.ours]
+url = "http://127.0.0.1:8000/v1"
+models."glm-5.2" = {}
+[models.big-model]
+arms = [{ name = "only", upstream = "api", model = "big-model" }]
+"""
+
+
+@pytest.mark.parametrize(
+    ("page", "around"),
+    [
+        (ROOT / "README.md", ""),
+        (HOW_TO / "run-a-gateway.md", TOML),
+        (HOW_TO / "keys-budgets-and-the-ledger.md", TOML),
+        (HOW_TO / "roll-out-a-model.md", ROLL_OUT),
+    ],
+    ids=lambda each: each.name if isinstance(each, Path) else "",
+)
+def test_the_settings_of_other_pages_are_valid(page: Path, around: str) -> None:
+    [block] = toml_blocks(page)
+    Settings.model_validate(merged(tomllib.loads(around), tomllib.loads(block)))
+
+
 def test_the_check_finds_a_block_that_is_not() -> None:
     assert len(toml_blocks(PAGE)) >= 5
     wrong = tomllib.loads("[[routes]]\nname = 'x'\nwhen = { modell = ['a'] }\nto = 'small'\n")
