@@ -142,7 +142,9 @@ class Model(Section):
 
     arms: tuple[Arm, ...] = Field(min_length=1)
     fallback: tuple[Name, ...] = Field((), description="Aliases tried when all arms fail before the first byte.")
-    max_output_tokens: int = Field(32_768, gt=0, description="What a request without a limit may cost, for budgets.")
+    max_output_tokens: int = Field(
+        32_768, gt=0, description="What a request without a limit may cost, for budgets; upstreams are told it if set."
+    )
     note: str = ""
 
 
@@ -375,7 +377,11 @@ def parse(text: str, name: str = "config") -> Settings:
         return Settings.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: it is nested too deeply") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
+    except ValueError as error:  # of Python's own: a number of thousands of digits
+        raise ConfigError(f"{name}: {error}") from None

@@ -90,7 +90,9 @@ def test_without_keys_only_programs_on_this_machine_may_ask(gateway: Start, upst
 
 def test_another_address_needs_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "g.toml"
-    path.write_text(config("http://127.0.0.1:1/v1", head=f'[gateway]\ndata_dir = "{tmp_path}"\nhost = "0.0.0.0"\nport = 0'))
+    path.write_text(
+        config("http://127.0.0.1:1/v1", head=f'[gateway]\ndata_dir = "{tmp_path}"\nhost = "0.0.0.0"\nport = 0')
+    )
     assert main(["gateway", str(path)]) == 2
     assert "there is no API key" in capsys.readouterr().err
 
@@ -216,6 +218,26 @@ def read(body: dict[str, Any], endpoint: Any = "chat", key: str = "k", **headers
 )
 def test_effort_in_every_spelling(body: dict[str, Any], effort: str) -> None:
     assert read(body).effort == effort
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "max_tokens", "choices"),
+    [
+        ("chat", {"max_tokens": 5, "max_completion_tokens": 7, "n": 2}, 7, 2),
+        ("chat", {"max_output_tokens": 1}, None, 1),
+        ("responses", {"max_output_tokens": 5, "max_tokens": 1}, 5, 1),
+        ("responses", {"max_tokens": 1}, None, 1),
+        ("messages", {"max_tokens": 5, "max_completion_tokens": 9}, 5, 1),
+        ("completions", {"max_tokens": 5, "max_completion_tokens": 9, "prompt": "a"}, 5, 1),
+        ("completions", {"prompt": ["a", "b", "c"], "n": 2, "best_of": 4}, None, 12),
+        ("completions", {"prompt": [1, 2, 3]}, None, 1),
+        ("completions", {"prompt": [[1, 2], [3]]}, None, 2),
+        ("completions", {"prompt": []}, None, 1),
+    ],
+)
+def test_how_much_may_be_generated(endpoint: str, body: dict[str, Any], max_tokens: int | None, choices: int) -> None:
+    found = read(body, endpoint)
+    assert (found.max_tokens, found.choices) == (max_tokens, choices)
 
 
 def test_names_of_prompts_come_from_headers_or_metadata() -> None:
