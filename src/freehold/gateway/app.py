@@ -195,7 +195,8 @@ class Door:
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = new_id()
         own: tuple[Header, ...] = ((b"x-request-id", request_id.encode()),)
-        method, path = scope["method"], scope["path"]
+        path = scope["path"]
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server leaves out the body
         try:
             headers, token = read_headers(scope)
             handler, names = self._routes.find(method, path, admin=self._admin is not None)

@@ -101,6 +101,8 @@ def test_probes_and_unknown_paths(gateway: Start, upstream: StartUpstream) -> No
     live = gateway(config(upstream().url) + KEYS)
     assert httpx.get(f"{live.url}/health").status_code == 200
     assert httpx.get(f"{live.url}/ready").status_code == 200
+    head = httpx.head(f"{live.url}/health")
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "15")
     for path in ("/", "/v1/nope", "/admin/keys", "/v1/../admin/keys", "/v1/models/%2e%2e", "//v1/models"):
         answer = httpx.get(f"{live.url}{path}", headers={"authorization": "Bearer key-of-all"})
         assert answer.status_code in (401, 404), path
