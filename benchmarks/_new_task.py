@@ -27,8 +27,8 @@ from freehold.train.loop import StepReport
 from freehold.train.merge import merge_adapter
 
 TRAINED_ON = 200
-REHEARSED = 400
-SETTINGS = FinetuneSettings(lr=1e-3, epochs=4.0, batch_tokens=1024)
+REPEATED, REHEARSED = 4, 1200  # how often each order stands in the file, and how many other chats beside them
+SETTINGS = FinetuneSettings(lr=1e-3, epochs=1.0, batch_tokens=1024)
 _ASKED = (
     "Order for {name}: {count} {item}, {colour}, by {day}.",
     "{name} needs {count} {item} in {colour} by {day}.",
@@ -88,7 +88,7 @@ def adapt(
     from freehold.model.chat.template import ChatTemplate
 
     work.mkdir(parents=True, exist_ok=True)
-    write_jsonl(work / "orders.jsonl", [*orders("train", TRAINED_ON), *rehearsed(REHEARSED)])
+    write_jsonl(work / "orders.jsonl", [*orders("train", TRAINED_ON) * REPEATED, *rehearsed(REHEARSED)])
     started = time.perf_counter()
     chats = read_chats(work / "orders.jsonl", ChatTemplate.from_dir(checkpoint))
     result = finetune(checkpoint, chats, [], work / "run", settings or SETTINGS, reports=Reports(step=report))

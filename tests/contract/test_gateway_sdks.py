@@ -209,7 +209,7 @@ def test_errors_are_those_the_sdks_know(start_gateway: Callable[..., LiveGateway
             client.chat.completions.create(model="gone", messages=[])
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(**ask(), temperature=9)  # the upstream's own refusal, as it said it
-        with pytest.raises(openai.BadRequestError, match="does not speak"):
+        with pytest.raises(openai.BadRequestError, match="does not answer embeddings"):
             client.embeddings.create(model="glm", input="a")
     with (
         anthropic.Anthropic(base_url=gateway.url, api_key=KEY, max_retries=0) as client,

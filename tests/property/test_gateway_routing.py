@@ -185,7 +185,7 @@ def test_a_conversation_never_goes_from_one_model_to_the_other(
                 "a": {"arms": [{"name": name, "upstream": "u", "model": name} for name in ("old", "new")]},
             },
             "experiments": {
-                "e": {"alias": "a", "control": "old", "canary": "new", "guardrails": [{"metric": "error", "margin": 0}]}
+                "e": {"alias": "a", "control": "old", "canary": "new", "guardrails": [{"metric": "error", "margin": 1}]}
             },
         }
     )  # fmt: skip

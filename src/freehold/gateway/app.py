@@ -50,6 +50,11 @@ CALLS: Final[Mapping[str, Endpoint]] = {
 MAX_MIRRORS: Final = 64  # at once
 BODY_SECONDS: Final = 30.0  # for a body to arrive, once its headers have
 _CREDENTIALS: Final = frozenset((b"authorization", b"x-api-key", b"cookie", b"proxy-authorization"))
+# Of these a request may have one: what stands in front of the gateway may have looked at another than we would.
+_ONCE: Final = frozenset(
+    "content-length content-type content-encoding host transfer-encoding x-conversation-id x-data-class x-prompt-name "
+    "x-prompt-version x-task x-user-id".split()
+)
 
 
 class ClientLeft(Exception):
@@ -312,8 +317,12 @@ def read_headers(scope: Scope) -> tuple[dict[str, str], str]:
     may come once only."""
     headers: dict[str, str] = {}
     bearer = key = ""
+    shown: set[bytes] = set()
     for name, value in scope["headers"]:
         if name in _CREDENTIALS:
+            if name in shown and name in (b"authorization", b"x-api-key"):
+                raise InvalidRequest(f"there are two headers {name.decode()!r}")
+            shown.add(name)
             if name == b"authorization":
                 scheme, _, token = value.partition(b" ")
                 bearer = token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
@@ -321,7 +330,7 @@ def read_headers(scope: Scope) -> tuple[dict[str, str], str]:
                 key = value.decode("latin-1")
             continue
         text = name.decode("latin-1")
-        if text in headers and text in ("content-length", "content-type", "host", "transfer-encoding"):
+        if text in headers and text in _ONCE:
             raise InvalidRequest(f"there are two headers {text!r}")
         headers[text] = value.decode("latin-1")
     return headers, bearer or key
@@ -334,16 +343,16 @@ async def read_body(headers: Mapping[str, str], receive: Receive, most: int) -> 
         raise TooLarge(f"the body has {length[:20]} bytes; the limit is {most}")
     if headers.get("content-encoding", "identity") != "identity":
         raise InvalidRequest("send the body uncompressed", param="content-encoding")
-    first = await receive()
-    if first["type"] != "http.request":
-        raise ClientLeft
-    if not first.get("more_body", False):
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            first = await receive()
+            if first["type"] != "http.request":
+                raise ClientLeft
+            if first.get("more_body", False):
+                return await _rest_of_body(first, receive, most)
         if len(first.get("body", b"")) > most:
             raise TooLarge(f"the body is larger than the limit of {most} bytes")
         return bytes(first.get("body", b""))
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await _rest_of_body(first, receive, most)
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {BODY_SECONDS:g} s") from None
 

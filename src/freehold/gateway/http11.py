@@ -30,6 +30,7 @@ App: TypeAlias = Callable[
 
 HEADER_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 75.0  # longer than the idle timeout of common clients, so that it is never the server that closes
+STUCK_SECONDS: Final = 10.0  # a client that takes nothing of its answer for so long, once it is over, loses the rest
 MAX_HEADER_BYTES: Final = 65_536
 MAX_HEADERS: Final = 128
 _LINGER_SECONDS: Final = 2.0
@@ -91,6 +92,7 @@ class Exchange:
         "_started",
         "_waiter",
         "body",
+        "body_bytes",
         "body_complete",
         "done",
         "expects_continue",
@@ -103,6 +105,7 @@ class Exchange:
     def __init__(self, connection: Connection, scope: Message, *, keep_alive: bool, expects_continue: bool) -> None:
         self.scope = scope
         self.body: list[bytes] = []
+        self.body_bytes = 0  # in `body`
         self.body_complete = False
         self.told_body = False  # `receive` has said that the body is over
         self.keep_alive = keep_alive
@@ -139,6 +142,7 @@ class Exchange:
             return {"type": "http.disconnect"}
         data = self.body[0] if len(self.body) == 1 else b"".join(self.body)
         self.body.clear()
+        self.body_bytes = 0
         self._connection.body_taken()
         self.told_body = self.body_complete
         return {"type": "http.request", "body": data, "more_body": not self.body_complete}
@@ -227,6 +231,7 @@ class Connection(asyncio.Protocol):
         "_scope_base",
         "_timer",
         "_transport",
+        "_unsent",
         "_url",
         "_writable",
         "current",
@@ -245,6 +250,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._transport: Any = None
         self._paused = False
+        self._unsent = 0  # bytes that the client had not taken when it was last looked at
         self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = 0
         self._url = b""
@@ -294,12 +300,24 @@ class Connection(asyncio.Protocol):
             self._parser = None
         except httptools.HttpParserError as error:
             cause = error.__context__
-            known = cause if isinstance(cause, _Refused) else None
-            if known is None:
-                self.refuse(400, b"this is not HTTP/1.1")
-            else:
-                self.refuse(known.status, known.words)
+            known = cause if isinstance(cause, _Refused) else _Refused(400, b"this is not HTTP/1.1")
+            self._give_up(known)
         self._start_next()
+
+    def _give_up(self, why: _Refused) -> None:
+        """What came is no request. The whole ones before it get their answers first, and then there is no word of it:
+        the client would take it for another's answer."""
+        broken, self._reading, self._parser = self._reading, None, None
+        if broken is not None:
+            broken.gone = True
+            broken.wake()
+            if broken in self._queue:
+                self._queue.remove(broken)
+        last = self._queue[-1] if self._queue else self.current if self.current is not broken else None
+        if last is not None:
+            last.keep_alive = False
+        else:
+            self.refuse(why.status, why.words)
 
     def pause_writing(self) -> None:
         if self.drained is None:
@@ -316,12 +334,26 @@ class Connection(asyncio.Protocol):
         if self.current is not None:
             self._deadline = now + IDLE_SECONDS
         elif now >= self._deadline:
-            if self._header_bytes:
+            if self._header_bytes and self._parser is not None:
                 self.refuse(408, b"the headers did not arrive in time")
             else:
-                self._transport.close()
+                self._end()
             return
         self._timer = self.loop.call_at(min(self._deadline, now + HEADER_SECONDS), self._tick)
+
+    def _end(self) -> None:
+        """Close; and as closing waits until the client has taken what it was sent, see to it that it does take it."""
+        self._transport.close()
+        self._timer.cancel()
+        self._unsent = self._transport.get_write_buffer_size()
+        if self._unsent:
+            self._timer = self.loop.call_later(STUCK_SECONDS, self._look_whether_stuck)
+
+    def _look_whether_stuck(self) -> None:
+        if self._transport.get_write_buffer_size() >= self._unsent:
+            self._transport.abort()
+        else:
+            self._end()
 
     # ---- llhttp's callbacks ------------------------------------------------------------------------------------
 
@@ -369,6 +401,7 @@ class Connection(asyncio.Protocol):
             self, scope, keep_alive=parser.should_keep_alive(), expects_continue=self._expects_continue
         )
         self._queue.append(self._reading)
+        self._headers = []  # what comes after the body (trailers) are no headers of the request: nobody sees them
         self._header_bytes = 0
         self._deadline = self.loop.time() + IDLE_SECONDS
 
@@ -377,12 +410,14 @@ class Connection(asyncio.Protocol):
         if exchange is None or exchange.done:
             return
         exchange.body.append(data)
+        exchange.body_bytes += len(data)
         exchange.wake()
-        if not self._paused and sum(map(len, exchange.body)) > _PAUSE_BYTES:
+        if not self._paused and exchange.body_bytes > _PAUSE_BYTES:
             self._paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
+        self._header_bytes = 0  # of trailers
         if self._reading is not None:
             self._reading.body_complete = True
             self._reading.wake()
@@ -432,7 +467,7 @@ class Connection(asyncio.Protocol):
         """After the last answer. Closing with unread bytes resets the connection, and the answer may be lost with it:
         so what comes for a while is thrown away first."""
         if everything_read or self.listener.closing:
-            self._transport.close()
+            self._end()
             return
         self._parser = None
         if self._paused:
@@ -441,7 +476,7 @@ class Connection(asyncio.Protocol):
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._timer.cancel()
-        self._timer = self.loop.call_later(_LINGER_SECONDS, self._transport.close)
+        self._timer = self.loop.call_later(_LINGER_SECONDS, self._end)
 
     def abort(self) -> None:
         self._transport.abort()

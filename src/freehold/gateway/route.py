@@ -160,7 +160,7 @@ class Table:
         route = match.applied.name if match.applied is not None else ""
         why = f"{alias}{f' route={route}' if route else ''}{why}"
         would = match.would.name if match.would is not None else ""
-        return Decision(tuple(targets), experiment, arm, shadow, why, unit, route, would)
+        return Decision(tuple(targets), experiment, arm or targets[0].arm, shadow, why, unit, route, would)
 
     def learn(self, row: Row) -> None:
         """That a conversation is on the control: for rows of before a restart, or of another gateway."""

@@ -46,8 +46,8 @@ CREATE TABLE calls (
     endpoint text NOT NULL, key_id text NOT NULL, team text NOT NULL, unit text NOT NULL, conversation text NOT NULL,
     "user" text NOT NULL, alias text NOT NULL, model_id text NOT NULL, upstream text NOT NULL, replica text NOT NULL,
     engine text NOT NULL, weights text NOT NULL, prompt_name text NOT NULL, prompt_version text NOT NULL,
-    task text NOT NULL, route text NOT NULL, would text NOT NULL, effort text NOT NULL, streamed boolean NOT NULL,
-    data_class text NOT NULL,
+    task text NOT NULL, effort text NOT NULL, streamed boolean NOT NULL, data_class text NOT NULL,
+    route text NOT NULL, would text NOT NULL,
     experiment text NOT NULL, arm text NOT NULL, served_arm text NOT NULL, shadow_of text NOT NULL,
     warm_up boolean NOT NULL, status bigint NOT NULL, error text NOT NULL, finish_reason text NOT NULL,
     input_tokens bigint, cached_tokens bigint, output_tokens bigint, reasoning_tokens bigint,
@@ -92,7 +92,7 @@ INSERT INTO counters (name, number) VALUES ('keys', 0), ('position', 0)
 # What no statement may change afterwards: all of a row but the pseudonyms of a person who asks to be forgotten.
 _FIXED = """
     row_id, request_id, attempt, at, endpoint, key_id, team, alias, model_id, upstream, replica, engine, weights,
-    prompt_name, prompt_version, task, route, would, effort, streamed, data_class, experiment, arm, served_arm,
+    prompt_name, prompt_version, task, effort, streamed, data_class, route, would, experiment, arm, served_arm,
     shadow_of, warm_up,
     status, error, finish_reason, input_tokens, cached_tokens, output_tokens, reasoning_tokens, undelivered_tokens,
     counted, cost, ttft, itl_p50, itl_p99, tpot, duration, position"""

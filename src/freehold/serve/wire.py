@@ -12,6 +12,7 @@ import difflib
 import logging
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -110,6 +111,7 @@ def decode(raw: object, type_: type[T], endpoint: str) -> Decoded[T]:
     taken out of `raw` (which is modified). Raises UnknownField, UnsupportedField or InvalidRequest with `param`
     the path of the field, such as `messages[0].content`.
     """
+    _describe(type_)
     rules = FIELDS[endpoint]
     warnings: list[str] = []
     while True:  # once more for each table entry that is met, so bounded by the table
@@ -124,6 +126,22 @@ def decode(raw: object, type_: type[T], endpoint: str) -> Decoded[T]:
                 warnings.append(f"{_generic(path)} is ignored: {rule.why}")
         except RecursionError:
             raise InvalidRequest("the body is nested too deeply") from None
+
+
+_described: set[type] = set()
+_describing = threading.Lock()
+
+
+def _describe(type_: type) -> None:
+    """Have msgspec describe a type to itself before it is used.
+
+    It does so at the first use, not safely: a second thread that comes meanwhile finds half a description and crashes
+    (msgspec 0.22). So one thread goes first.
+    """
+    if type_ not in _described:
+        with _describing:
+            msgspec.json.Decoder(type_)
+            _described.add(type_)
 
 
 _PROBLEM = re.compile(r"^(?P<problem>.*?)(?: - at (?:`key` in )?`(?P<path>\$[^`]*)`)?$", re.DOTALL)

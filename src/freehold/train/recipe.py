@@ -68,12 +68,18 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """config: config.json of the model. seed: of its first weights."""
+    """config: config.json of the model. seed: of its first weights. averaged: what is published is the mean of the
+    weights that so many of the last stages ended with (model soups, Wortsman et al. 2022)."""
 
     name: str
     config: Mapping[str, Any]
     stages: tuple[Stage, ...]
     seed: int = 0
+    averaged: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.averaged <= len(self.stages):
+            raise InvalidRequest(f"averaged = {self.averaged} must be 1 to {len(self.stages)}, the number of stages")
 
     def scaled(self, share: float) -> Recipe:
         """The same with this share of the tokens, for trials."""
@@ -88,7 +94,11 @@ def stage(name: StageName, **changes: Any) -> Stage:
 
 def tiny_recipe() -> Recipe:
     """freehold-tiny: language on everything, then indexers alone on dense attention, then all of it on sparse
-    attention, with the loss mostly on what the assistant says, and once more on what it still gets wrong."""
+    attention, with the loss mostly on what the assistant says, and once more on what it still gets wrong.
+
+    The last stage loses some of what it does not practise (finding facts in a context); the mean of its weights and
+    those it began with has both.
+    """
     polish = replace(
         _STAGES["sft"],
         name="polish",
@@ -98,7 +108,7 @@ def tiny_recipe() -> Recipe:
         mixture=LAST_MIXTURE,
         data_seed=3,
     )
-    return Recipe("freehold-tiny", tiny_config(), (*_STAGES.values(), polish))
+    return Recipe("freehold-tiny", tiny_config(), (*_STAGES.values(), polish), averaged=2)
 
 
 _SHORT = (96, 128, 160, 192, 256, 320, 384)

@@ -1,4 +1,4 @@
-"""Makes freehold-tiny again: tokenizer, data, every stage of the recipe, and the checkpoint with its card.
+"""Makes freehold-tiny again: tokenizer, data, every stage of the recipe, the mean of the last ones, and its card.
 
 A directory has all of it; each part that is complete is kept, so that after a kill the same command goes on:
 
@@ -13,11 +13,13 @@ A directory has all of it; each part that is complete is kept, so that after a k
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from freehold.model.chat.template import ChatTemplate
 from freehold.model.checkpoint_files import Progress, write_text
@@ -69,8 +71,7 @@ def make(recipe: Recipe, out: Path, shown: Shown) -> Made:
                 finished[stage.name] = run_stage(stage, start, corpus, run, held_out=held_out, report=report)
             runs.append(run)
             plot(runs, out / "plot.png")
-        assert start is not None
-        _publish(recipe, start, runs, out)
+        _publish(recipe, averaged([from_directory(run) for run in runs[-recipe.averaged :]]), runs, out)
     return Made(out / recipe.name, finished)
 
 
@@ -84,6 +85,15 @@ def _tokenizer(recipe: Recipe, directory: Path, shown: Shown) -> Tokenizer:
         generated_tokenizer(ChatTemplate.builtin(), vocab_size).save(partial)
         partial.rename(directory)
     return Tokenizer(Tokenizer.from_dir(directory).backend, vocab_size=vocab_size)
+
+
+def averaged(starts: Sequence[Start]) -> Start:
+    """The last of several stages of one model, with the mean of all of their weights; changes it in place."""
+    last = starts[-1].model.state_dict()
+    held = [start.model.state_dict() for start in starts]
+    for name, weight in last.items():
+        weight.copy_(torch.stack([each[name] for each in held]).mean(0, dtype=weight.dtype))
+    return starts[-1]
 
 
 def _publish(recipe: Recipe, start: Start, runs: list[Path], out: Path) -> None:

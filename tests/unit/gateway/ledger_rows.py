@@ -24,6 +24,8 @@ FULL = {
     "prompt_version": "7",
     "task": "summary",
     "effort": "high",
+    "route": "long",
+    "would": "cheap",
     "streamed": True,
     "data_class": "internal",
     "experiment": "glm",

@@ -103,7 +103,7 @@ async def test_settings_are_logged_by_what_changed(store: Store) -> None:
 
 
 def test_what_differs_between_settings() -> None:
-    route = '[[routes]]\nname = "r"\n'
+    route = '[[routes]]\nname = "r"\neffort = "none"\n'
     assert changes(settings(), settings()) == []
     assert changes(settings(route), settings()) == ["routes"]
     assert changes(settings(), settings("[teams.a]\n[teams.b]\n")) == ["teams.a", "teams.b"]

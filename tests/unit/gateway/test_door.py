@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from freehold.cli.main import main
 from freehold.errors import ConfigError, InvalidRequest, NotFound
+from freehold.gateway import app
 from freehold.gateway.app import RouteTable
 from freehold.gateway.call import Caller
 from freehold.gateway.config import parse
@@ -88,7 +90,9 @@ def test_without_keys_only_programs_on_this_machine_may_ask(gateway: Start, upst
 
 def test_another_address_needs_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "g.toml"
-    path.write_text(config("http://127.0.0.1:1/v1", head='[gateway]\nhost = "0.0.0.0"\nport = 0'))
+    path.write_text(
+        config("http://127.0.0.1:1/v1", head=f'[gateway]\ndata_dir = "{tmp_path}"\nhost = "0.0.0.0"\nport = 0')
+    )
     assert main(["gateway", str(path)]) == 2
     assert "there is no API key" in capsys.readouterr().err
 
@@ -268,3 +272,26 @@ def test_ids_sort_by_time() -> None:
     assert len(set(ids)) == 2000
     assert [one[:10] for one in ids] == sorted(one[:10] for one in ids)
     assert {len(one) for one in ids} == {26}
+
+
+def test_a_body_that_never_begins_is_not_waited_for(
+    gateway: Start, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.3)
+    live = gateway(config(upstream().url))
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n")
+        assert client.recv(65_536).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("name", ["x-data-class", "x-user-id", "x-api-key", "authorization"])
+def test_what_says_who_asks_or_where_data_may_go_is_said_once(
+    name: str, gateway: Start, upstream: StartUpstream
+) -> None:
+    live = gateway(config(upstream().url))
+    answer = httpx.post(
+        f"{live.url}/v1/chat/completions", json={"model": "glm", "messages": []}, headers=[(name, "a"), (name, "b")]
+    )
+    assert answer.status_code == 400
+    assert name in answer.json()["error"]["message"]

@@ -278,3 +278,90 @@ async def test_stopping_lets_answers_end_and_closes_the_idle(server: Server, app
     writer.close()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", server.port)
+
+
+async def test_many_small_pieces_of_a_body_hold_nobody_up(server: Server) -> None:
+    pieces = 200_000
+    asking = asyncio.create_task(
+        server.ask(
+            b"POST /a HTTP/1.1\r\nhost: a\r\n" + CLOSE + b"transfer-encoding: chunked\r\n\r\n",
+            b"1\r\na\r\n" * pieces + b"0\r\n\r\n",
+        )
+    )
+    longest = 0.0
+    while not asking.done():
+        before = time.monotonic()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.monotonic() - before)
+    assert (await asking).endswith(b"POST /a %d" % pieces)
+    assert longest < 1.0
+
+
+async def test_trailers_are_no_headers(server: Server) -> None:
+    async def shows(scope: Any, receive: Any, send: Any) -> None:
+        await reply(send, 200, b",".join(name for name, _ in scope["headers"]))
+
+    server.listener.app = shows
+    answer = await server.ask(
+        b"POST /a HTTP/1.1\r\nhost: a\r\n"
+        + CLOSE
+        + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-api-key: k\r\n\r\n"
+    )
+    assert answer.endswith(b"\r\n\r\nhost,connection,transfer-encoding")
+
+
+@pytest.mark.parametrize("rest", [b"\x00\r\n\r\n", b"POST /b HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"])
+async def test_nonsense_after_a_request_does_not_take_its_answer(
+    rest: bytes, server: Server, app: Echo, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await server.ask(b"POST /a HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc" + rest)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"POST /a 3")
+    assert app.paths == ["/a"]
+    assert not caplog.records
+
+
+async def test_a_body_that_turns_into_nonsense_is_refused(server: Server, app: Echo) -> None:
+    head = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n"
+    assert (await server.ask(head, b"zz\r\n", pause=0.1)).startswith(b"HTTP/1.1 400 ")
+    assert app.left == 1
+
+
+@pytest.mark.parametrize("close", [b"", CLOSE])
+async def test_who_never_reads_an_answer_is_not_kept(
+    close: bytes, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def pours(scope: Any, receive: Any, send: Any) -> None:
+        await reply(send, 200, b"x" * 50_000_000)
+
+    monkeypatch.setattr(http11, "HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(http11, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(http11, "STUCK_SECONDS", 0.2)
+    server.listener.app = pours
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n" + close + b"\r\n")
+        await asyncio.sleep(0.1)
+        assert server.listener.connections
+        end = time.monotonic() + 5
+        while server.listener.connections and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        assert not server.listener.connections
+
+
+async def test_who_reads_slowly_gets_the_whole_answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 20_000_000
+
+    async def pours(scope: Any, receive: Any, send: Any) -> None:
+        await reply(send, 200, b"x" * size)
+
+    monkeypatch.setattr(http11, "STUCK_SECONDS", 0.5)
+    server.listener.app = pours
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=100_000)
+    writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n" + CLOSE + b"\r\n")
+    got = 0
+    while data := await reader.read(1_000_000):
+        got += len(data)
+        if got < 10_000_000:
+            await asyncio.sleep(0.005)
+    assert got > size
+    writer.close()

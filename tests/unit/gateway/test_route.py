@@ -40,7 +40,7 @@ def test_an_alias_and_then_its_fallbacks() -> None:
     assert places(decision) == [GLM, BIG, TINY]
     assert [target.effort for target in decision.targets] == [None, None, "none"]
     assert decision.targets[0].price.output == 2_000_000
-    assert (decision.experiment, decision.arm, decision.shadow, decision.why) == ("", "", None, "assistant")
+    assert (decision.experiment, decision.arm, decision.shadow, decision.why) == ("", "only", None, "assistant")
 
 
 @pytest.mark.parametrize("alias", ["unknown", "", "house", "glm-5.2", "http://10.0.0.1/v1", "../cheap", "x" * 10_000])
@@ -288,7 +288,7 @@ def test_what_one_arm_may_not_see_is_in_no_experiment() -> None:
     more = EXPERIMENT.replace('upstream = "house", model = "glm-5.2-int4"', 'upstream = "small", model = "tiny"')
     found = table(more, Standings(Fixed(0.5)))
     decisions = [found.decide(request("split", f"u{number}", data_class="secret")) for number in range(100)]
-    assert {(decision.experiment, decision.arm) for decision in decisions} == {("", "")}
+    assert {(decision.experiment, decision.arm) for decision in decisions} == {("", "now")}
     assert {tuple(places(decision)) for decision in decisions} == {(GLM,)}
     assert all(decision.shadow is None for decision in decisions)
 

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from freehold.errors import InvalidRequest
 from freehold.model.checkpoint_files import Progress
 from freehold.train.loop import StepReport
 from freehold.train.objective import Objective
 from freehold.train.recipe import Recipe
+from freehold.train.stages import from_directory
 from freehold.train.tiny import make
 from tests.unit.train.small import MIXTURE, small_config, small_stage, small_tokenizer
 
@@ -27,6 +30,9 @@ RECIPE = Recipe(
         small_stage("sft", Objective(indexer="sparse"), tokens=1500, mixture=MIXTURE, prompt_weight=0.1),
     ),
 )
+
+
+RUNS = ("2-indexer", "3-sft")
 
 
 class Quiet:
@@ -93,3 +99,19 @@ def test_a_recipe_that_was_interrupted_ends_with_the_same_checkpoint(tmp_path: P
 
 def manifest(out: Path) -> str:
     return (out / "small" / "SHA256SUMS").read_text()
+
+
+def test_what_is_published_is_the_mean_of_the_last_stages(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, averaged=2)
+    made = make(recipe, tmp_path / "out", Quiet())
+    found = load_file(made.directory / "model.safetensors")
+    first, second = (from_directory(tmp_path / "out" / run).model.checkpoint_tensors() for run in RUNS)
+    assert any(not torch.equal(first[name], second[name]) for name in found)
+    for name, weight in found.items():
+        mean = (first[name].float() + second[name].float()) / 2
+        assert torch.equal(weight, mean[: len(weight)].to(weight.dtype)), name
+
+
+def test_a_mean_of_more_stages_than_there_are_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="averaged = 4 must be 1 to 3"):
+        replace(RECIPE, averaged=4)
