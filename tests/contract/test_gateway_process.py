@@ -70,14 +70,10 @@ def test_a_signal_reloads_and_another_drains(
     gateway.send_signal(signal.SIGHUP)
     wait_for("new settings: gateway.toml", log, gateway)
 
-<<<<<<< HEAD
-    with httpx.stream("POST", f"{root}/v1/chat/completions", json=BODY, timeout=30) as answer:
-=======
     with (
         httpx.Client(base_url=root, timeout=30) as client,
         client.stream("POST", "/v1/chat/completions", json=BODY) as answer,
     ):
->>>>>>> integ
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         gateway.send_signal(signal.SIGTERM)
