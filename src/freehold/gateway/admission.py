@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,6 +23,9 @@ from freehold.gateway.store_postgres import PostgresStore
 from freehold.gateway.transactions import scopes_of
 from freehold.ledger import Row
 
+logger = logging.getLogger("freehold.gateway")
+
+LOG_SECONDS = 10.0  # between two lines about a ledger that cannot be written
 BUSY_SECONDS = 1.0  # when to ask again while all of a key's calls run
 DEFAULT_CAP = 32_768  # of an alias that the settings do not have any more
 
@@ -58,6 +63,7 @@ class Admission:
         self._clock = clock
         self._meters: dict[str, Meter] = {}
         self._caps: dict[str, int] = {}
+        self._logged = -math.inf
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -70,16 +76,25 @@ class Admission:
         Raises RateLimited, BudgetExhausted (with `retry_after` None: not before the next day), or Unavailable: the
         ledger cannot be written, or a shared budget not be asked.
         """
-        trouble = self._trouble()
-        if trouble:
-            raise Unavailable(f"calls cannot be written down: {trouble}", retry_after=BUSY_SECONDS)
+        if trouble := self._trouble():
+            raise self._unwritten(trouble)
         try:
             return await self._admit(request, decision)
+        except Unavailable as error:
+            raise self._unwritten(error.message) from None
         except Overloaded as error:
             known = self._meters.get(request.caller.key_id)
             rates = known.headers(self._clock()) if known is not None else ()
             error.headers = (*refusal_headers(error, until_next_day(request.at)), *rates)
             raise
+
+    def _unwritten(self, trouble: str) -> Unavailable:
+        """For the caller, without the words for the operator: they name files, addresses and statements."""
+        now = self._clock()
+        if now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            logger.error("calls are refused: %s", trouble)
+        return Unavailable("calls cannot be written down now; the gateway's log says why", retry_after=BUSY_SECONDS)
 
     async def _admit(self, request: Request, decision: Decision) -> Ticket:
         caller = request.caller

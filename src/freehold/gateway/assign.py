@@ -21,6 +21,7 @@ from hashlib import blake2b
 from typing import TypeVar
 
 _T = TypeVar("_T")
+PIN_SECONDS = 3600.0  # a conversation that is quiet for longer is over
 _STEP = 2.0**-53  # between neighbouring floats in [0.5, 1): the finest grid on which all points are exact
 
 
@@ -75,7 +76,7 @@ class Pins:
 
     __slots__ = ("_seen", "idle_seconds", "most")
 
-    def __init__(self, idle_seconds: float = 3600.0, most: int = 100_000) -> None:
+    def __init__(self, idle_seconds: float = PIN_SECONDS, most: int = 100_000) -> None:
         self.idle_seconds = idle_seconds
         self.most = most
         self._seen: OrderedDict[str, float] = OrderedDict()  # by last request

@@ -27,6 +27,7 @@ from freehold.gateway.records import DAY_SECONDS, Reservation, Usage
 from freehold.ledger import Row
 
 PER_MILLION = 1_000_000
+MOST = 2**53  # micro-dollars that a call is ever said to cost: sums of it stay within a database's integers
 SOON_SECONDS = 1.0  # running calls may give back enough by then
 
 
@@ -44,7 +45,7 @@ def bound(request: Request, targets: Sequence[Target], cap: int) -> int:
         dearest = max(
             dearest, -(-input_tokens * a_token_in // PER_MILLION) + -(-output_tokens * price.output // PER_MILLION)
         )
-    return dearest
+    return min(dearest, MOST)
 
 
 def spent_by(rows: Sequence[Row]) -> tuple[int, bool]:

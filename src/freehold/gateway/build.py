@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
+from freehold.errors import FreeholdError
 from freehold.gateway import feedback
 from freehold.gateway.admin_routes import admin_routes
+from freehold.gateway.assign import PIN_SECONDS
 from freehold.gateway.canaries import Canaries
 from freehold.gateway.config import Settings
 from freehold.gateway.experiment_ledger import ExperimentLedger
@@ -17,8 +20,11 @@ from freehold.gateway.parts import Parts
 from freehold.gateway.policy import check_addresses
 from freehold.gateway.router import Router
 from freehold.gateway.savings import Savings
+from freehold.gateway.store import Store
 from freehold.gateway.telemetry import exporting
 from freehold.gateway.upstream import auth_headers
+
+_log = logging.getLogger("freehold.gateway")
 
 
 async def build_parts(settings: Settings, base_url: str) -> Parts:
@@ -32,6 +38,7 @@ async def build_parts(settings: Settings, base_url: str) -> Parts:
     try:
         experiments = Canaries(ExperimentLedger(kept.store), settings)
         router = Router(settings, await kept.store.secret("assign"), experiments, auth_headers)
+        await _resume(settings, kept.store, experiments, router)
         judge = Judge(settings, base_url, kept.store.note, time.time)
     except BaseException:
         await kept.store.stop()
@@ -54,3 +61,14 @@ async def build_parts(settings: Settings, base_url: str) -> Parts:
         background=(router.run, experiments.run, judge.run),
         identity=kept.identity,
     )
+
+
+async def _resume(settings: Settings, store: Store, experiments: Canaries, router: Router) -> None:
+    """Know where experiments stand, and on which arm conversations are, before the first call."""
+    for name in settings.experiments:
+        try:
+            await experiments.advance(name)
+        except FreeholdError as error:  # it is tried again while the gateway runs; till then its canary gets nothing
+            _log.warning("experiment %s: %s", name, error)
+        for arm, conversation, at in await store.conversations(name, time.time() - PIN_SECONDS):
+            router.recall(name, arm, conversation, at)

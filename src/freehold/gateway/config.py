@@ -417,7 +417,11 @@ def parse(text: str, name: str = "config") -> Settings:
         return Settings.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: it is nested too deeply") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
+    except ValueError as error:  # of Python's own: a number of thousands of digits
+        raise ConfigError(f"{name}: {error}") from None

@@ -12,18 +12,18 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
-from http import HTTPStatus
 from time import time
 from typing import Any, Final, TypeAlias
 from urllib.parse import unquote
 
 import httptools
 
+from freehold.gateway.http11_exchange import STATUS, Exchange, Message
+
 logger = logging.getLogger("freehold.gateway")
 
-Message: TypeAlias = MutableMapping[str, Any]
 App: TypeAlias = Callable[
     [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
 ]
@@ -36,10 +36,7 @@ MAX_HEADERS: Final = 128
 _LINGER_SECONDS: Final = 2.0
 _PAUSE_BYTES: Final = 262_144  # of a body that nobody has taken yet
 _WRITE_HIGH: Final = 262_144
-
-_STATUS: Final = {
-    int(status): b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus
-}  # fmt: skip
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
 
 
 class Listener:
@@ -81,149 +78,16 @@ class Listener:
         return self._date[1]
 
 
-class Exchange:
-    """One request and its answer: the ASGI scope, `receive` and `send`."""
-
-    __slots__ = (
-        "_chunked",
-        "_connection",
-        "_head",
-        "_is_head",
-        "_started",
-        "_waiter",
-        "body",
-        "body_bytes",
-        "body_complete",
-        "done",
-        "expects_continue",
-        "gone",
-        "keep_alive",
-        "scope",
-        "told_body",
-    )
-
-    def __init__(self, connection: Connection, scope: Message, *, keep_alive: bool, expects_continue: bool) -> None:
-        self.scope = scope
-        self.body: list[bytes] = []
-        self.body_bytes = 0  # in `body`
-        self.body_complete = False
-        self.told_body = False  # `receive` has said that the body is over
-        self.keep_alive = keep_alive
-        self.expects_continue = expects_continue
-        self.done = False
-        self.gone = False
-        self._connection = connection
-        self._waiter: asyncio.Future[None] | None = None
-        self._head = b""
-        self._started = False
-        self._chunked = False
-        self._is_head = scope["method"] == "HEAD"
-
-    @property
-    def on_the_wire(self) -> bool:
-        """The client has had some of the answer."""
-        return self._started and not self._head
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def receive(self) -> Message:
-        if self.expects_continue and not self.body_complete:
-            self.expects_continue = False
-            self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while not (self.gone or self.done or (self.body and not self.told_body) or self._body_to_end()):
-            self._waiter = self._connection.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        if self.gone or self.done:
-            return {"type": "http.disconnect"}
-        data = self.body[0] if len(self.body) == 1 else b"".join(self.body)
-        self.body.clear()
-        self.body_bytes = 0
-        self._connection.body_taken()
-        self.told_body = self.body_complete
-        return {"type": "http.request", "body": data, "more_body": not self.body_complete}
-
-    def _body_to_end(self) -> bool:
-        return self.body_complete and not self.told_body
-
-    async def send(self, message: Message) -> None:
-        if self.gone:
-            return
-        if message["type"] == "http.response.start":
-            self._begin(message["status"], message["headers"])
-            return
-        data: bytes = message.get("body", b"")
-        more: bool = message.get("more_body", False)
-        if not self._started or self.done:
-            raise RuntimeError("a body before its start, or after its end")
-        if self._is_head:
-            data = b""
-        elif self._chunked:
-            if data:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            if not more:
-                data += b"0\r\n\r\n"
-        if self._head:
-            data, self._head = self._head + data, b""
-        if data:
-            self._connection.write(data)
-        if not more:
-            self.done = True
-            self.wake()
-            self._connection.answered(self)
-        elif self._connection.drained is not None:
-            await self._connection.drained
-
-    def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        if self._started:
-            raise RuntimeError("a second start of an answer")
-        lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status, self._connection.listener.date_header()]
-        sized = False
-        for name, value in headers:
-            if b"\n" in value or b"\r" in value:
-                raise RuntimeError(f"a line break in the header {name!r}")
-            sized = sized or name == b"content-length"
-            lines.append(b"%b: %b\r\n" % (name, value))
-        if not self.body_complete or self._connection.listener.closing:
-            self.keep_alive = False  # what is left of the body would be taken for the next request
-        if not sized and not self._is_head:
-            if self.scope["http_version"] == "1.1":
-                self._chunked = True
-                lines.append(b"transfer-encoding: chunked\r\n")
-            else:
-                self.keep_alive = False
-        if not self.keep_alive:
-            lines.append(b"connection: close\r\n")
-        elif self.scope["http_version"] != "1.1":
-            lines.append(b"connection: keep-alive\r\n")
-        lines.append(b"\r\n")
-        self._head = b"".join(lines)
-        self._started = True
-
-    async def run(self) -> None:
-        try:
-            await self._connection.listener.app(self.scope, self.receive, self.send)
-        except Exception:
-            logger.exception("%s %s failed", self.scope["method"], self.scope["path"])
-        if not self.done and not self.gone:
-            if self.on_the_wire:
-                self._connection.abort()  # the client must not take what it has for the whole
-            else:
-                self._connection.refuse(500, b"internal error")
-
-
 class Connection(asyncio.Protocol):
     """One client's connection. Pipelined requests wait for the answers before them."""
 
     __slots__ = (
         "_deadline",
         "_expects_continue",
+        "_framing",
         "_header_bytes",
         "_headers",
+        "_is_body_only",
         "_parser",
         "_paused",
         "_queue",
@@ -250,6 +114,8 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._transport: Any = None
         self._paused = False
+        self._framing = b""  # of a request that asks for another protocol: the headers that say how long its body is
+        self._is_body_only = False  # these are being parsed again, in front of that body
         self._unsent = 0  # bytes that the client had not taken when it was last looked at
         self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = 0
@@ -293,16 +159,27 @@ class Connection(asyncio.Protocol):
         if self._parser is None:
             return
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            if self._queue or self.current:  # answered as if it had not asked for another protocol
-                (self._queue[-1] if self._queue else self.current).keep_alive = False  # type: ignore[union-attr]
-            self._parser = None
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._pass_over_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             cause = error.__context__
             known = cause if isinstance(cause, _Refused) else _Refused(400, b"this is not HTTP/1.1")
             self._give_up(known)
         self._start_next()
+
+    def _pass_over_upgrade(self, rest: bytes) -> None:
+        """Answer as if no other protocol were asked for. rest: what came after the headers; llhttp leaves it to that
+        protocol, also where it is the request's body (Java's client asks for HTTP/2 with every first request)."""
+        (self._queue[-1] if self._queue else self.current).keep_alive = False  # type: ignore[union-attr]
+        framing, self._framing, self._parser = self._framing, b"", None
+        if framing:
+            self._parser = httptools.HttpRequestParser(self)
+            self._is_body_only = True
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n")
+            self._is_body_only = False
+            self._parser.feed_data(rest)
 
     def _give_up(self, why: _Refused) -> None:
         """What came is no request. The whole ones before it get their answers first, and then there is no word of it:
@@ -358,6 +235,8 @@ class Connection(asyncio.Protocol):
     # ---- llhttp's callbacks ------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        if self._is_body_only:
+            return
         self._headers = []
         self._url = b""
         self._header_bytes = 1
@@ -365,10 +244,14 @@ class Connection(asyncio.Protocol):
         self._deadline = self.loop.time() + HEADER_SECONDS
 
     def on_url(self, url: bytes) -> None:
+        if self._is_body_only:
+            return
         self._url += url
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_body_only:
+            return
         self._count(len(name) + len(value) + 4)
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
@@ -383,6 +266,8 @@ class Connection(asyncio.Protocol):
             raise _Refused(431, b"the headers are too large")
 
     def on_headers_complete(self) -> None:
+        if self._is_body_only:
+            return
         try:
             url = httptools.parse_url(self._url)
             path = (url.path or b"/").decode("ascii")
@@ -401,6 +286,9 @@ class Connection(asyncio.Protocol):
             self, scope, keep_alive=parser.should_keep_alive(), expects_continue=self._expects_continue
         )
         self._queue.append(self._reading)
+        if parser.should_upgrade():
+            lines = (b"%b: %b\r\n" % each for each in self._headers if each[0] in _FRAMING)
+            self._framing = b"".join(lines)
         self._headers = []  # what comes after the body (trailers) are no headers of the request: nobody sees them
         self._header_bytes = 0
         self._deadline = self.loop.time() + IDLE_SECONDS
@@ -417,6 +305,8 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
+        if self._framing:
+            return  # of the headers only
         self._header_bytes = 0  # of trailers
         if self._reading is not None:
             self._reading.body_complete = True
@@ -459,7 +349,7 @@ class Connection(asyncio.Protocol):
             body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % words
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             if self.current is None or not self.current.on_the_wire:
-                self.write(_STATUS[status] + head + body)
+                self.write(STATUS[status] + head + body)
             self._close(everything_read=False)
         self._parser = None
 

@@ -25,6 +25,7 @@ from freehold.client import Client
 from freehold.errors import ConfigError, FreeholdError
 from freehold.gateway.call import Decision, Request
 from freehold.gateway.config import Judging, Settings
+from freehold.gateway.policy import classes_of
 from freehold.ledger import FAILURES, Note, Row
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Judge:
         judging = self._judging.get(decision.experiment)
         if judging is None or decision.shadow is None or request.endpoint not in ("chat", "responses", "messages"):
             return False
+        if len({each for each in classes_of(request) if each}) > 1:
+            return False  # the judge's own call can name only one of the classes, and might go where the other may not
         unit = request.unit
         if (
             unit in self._units.get(decision.experiment, ())

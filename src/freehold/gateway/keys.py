@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from freehold.gateway.call import Caller
 from freehold.gateway.config import Settings
 from freehold.gateway.records import KeyRecord
 from freehold.gateway.store import Store
+
+logger = logging.getLogger("freehold.gateway")
 
 PREFIX = "fh-"
 ENDPOINTS = ("chat", "completions", "responses", "messages", "embeddings")
@@ -98,7 +101,12 @@ class Keys:
     def replace(self, records: Iterable[KeyRecord]) -> None:
         """Take the keys made by command, as the database has them now."""
         kept = tuple(records)
-        self._known = self._table(self._settings, kept)
+        # A name that the settings have too is theirs: it must not keep the others from being revoked.
+        usable = tuple(record for record in kept if record.key_id not in self._settings.keys)
+        for record in kept:
+            if record.key_id in self._settings.keys and record.revoked_at is None and record not in self._records:
+                logger.error("the key %r made by command opens nothing: the settings have one so named", record.key_id)
+        self._known = self._table(self._settings, usable)
         self._records = kept
 
     async def follow(self, store: Store) -> None:

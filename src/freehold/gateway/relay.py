@@ -352,6 +352,7 @@ class Exchange:
         if not self.started:
             await self._start(answer, b"text/event-stream", (b"cache-control", b"no-cache"))
         await self._send({"type": "http.response.body", "body": rest})
+        attempt.delivered = meter.output_tokens or 0  # also what only a usage of after the last text said
         return None
 
     async def _start(self, answer: Answered, content_type: bytes, *more: Header) -> None:

@@ -22,6 +22,7 @@ MAX_LABEL = 256  # characters of a name that a header or metadata gives; it goes
 
 Fields = dict[str, Raw]
 _fields = msgspec.json.Decoder(Fields)
+_list = msgspec.json.Decoder(list[Raw])
 
 
 class _Metadata(Struct):
@@ -55,6 +56,7 @@ class _Facts(Struct):
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
     reasoning_effort: str | None = None
     reasoning: _HasEffort | None = None
     output_config: _HasEffort | None = None
@@ -114,8 +116,8 @@ class RequestReader:
             headers=headers,
             stream=bool(facts.stream) and endpoint != "embeddings",
             include_usage=facts.stream_options is not None and bool(facts.stream_options.include_usage),
-            max_tokens=_max_tokens(facts),
-            choices=max(1, facts.n or 1),
+            max_tokens=_max_tokens(facts, endpoint),
+            choices=_choices(facts, endpoint),
             effort=_effort(facts),
             prompt_name=_label(headers, "x-prompt-name", metadata.prompt_name),
             prompt_version=_label(headers, "x-prompt-version", metadata.prompt_version),
@@ -153,12 +155,30 @@ def _decode(body: bytes) -> _Facts:
     return facts
 
 
-def _max_tokens(facts: _Facts) -> int | None:
-    given = (facts.max_completion_tokens, facts.max_output_tokens, facts.max_tokens)
+def _max_tokens(facts: _Facts, endpoint: Endpoint) -> int | None:
+    """By the names that this API knows: a limit under another one is passed over by the upstream."""
+    match endpoint:
+        case "chat":
+            given: tuple[int | None, ...] = (facts.max_completion_tokens, facts.max_tokens)
+        case "responses":
+            given = (facts.max_output_tokens,)
+        case _:
+            given = (facts.max_tokens,)
     found = [count for count in given if count is not None]
     if any(count < 0 for count in found):
         raise InvalidRequest("a limit of tokens cannot be negative", param="max_tokens")
     return max(found, default=None)  # which of two the upstream obeys is its own affair: the larger is the safe one
+
+
+def _choices(facts: _Facts, endpoint: Endpoint) -> int:
+    """How many answers are generated. A completion may have many prompts, and more tries than it returns."""
+    if endpoint != "completions":
+        return max(1, facts.n or 1)
+    prompts = 1
+    if facts.prompt is not UNSET and bytes(facts.prompt).startswith(b"["):
+        # Of texts or of lists of tokens; a list of tokens itself is one prompt.
+        prompts = sum(bytes(each)[:1] in b'"[' for each in _list.decode(facts.prompt))
+    return max(1, facts.n or 1, facts.best_of or 1) * max(1, prompts)
 
 
 def _effort(facts: _Facts) -> Effort:

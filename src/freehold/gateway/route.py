@@ -46,7 +46,7 @@ class Experiments(Protocol):
     """Who decides how far each canary has come."""
 
     def standing(self, experiment: str) -> Standing | None:
-        """None: it is not running, and the arms have the weights that the settings say. Called for each request."""
+        """None: it is not known yet, and the canary gets nothing. Called for each request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,8 @@ class _Split:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """arms: (points, weight, arm); pooled: the same where the control stands for both arms of the experiment."""
+    """arms: (points, weight, arm); pooled: the same where the control stands for both arms of the experiment. All
+    requests are divided among `pooled`; whether the canary gets some of the control's is the experiment's affair."""
 
     arms: tuple[tuple[Points, float, _Arm], ...]
     pooled: tuple[tuple[Points, float, _Arm], ...]
@@ -163,11 +164,15 @@ class Table:
         return Decision(tuple(targets), experiment, arm or targets[0].arm, shadow, why, unit, route, would)
 
     def learn(self, row: Row) -> None:
-        """That a conversation is on the control: for rows of before a restart, or of another gateway."""
-        pins = self.pins.get(row.experiment)
-        split = next((m.split for m in self._models.values() if m.split and m.split.name == row.experiment), None)
-        if pins is not None and split is not None and row.conversation and row.arm == split.control.name:
-            pins.pin(row.conversation, row.at)
+        """That a conversation is on the control: from a row."""
+        self.recall(row.experiment, row.arm, row.conversation, row.at)
+
+    def recall(self, experiment: str, arm: str, conversation: str, at: float) -> None:
+        """The same from what is known of a row of before the start: at what time (epoch) it had which arm."""
+        pins = self.pins.get(experiment)
+        split = next((m.split for m in self._models.values() if m.split and m.split.name == experiment), None)
+        if pins is not None and split is not None and conversation and arm == split.control.name:
+            pins.pin(conversation, at)
 
     def _assign(self, split: _Split, standing: Standing, unit: str, request: Request) -> _Arm:
         conversation, at = request.conversation, request.at
@@ -251,15 +256,13 @@ def _renamed(arm: _Arm, name: str) -> _Arm:
 
 
 def _ranked(model: _Model, usable: frozenset[str], unit: str, standing: Standing | None) -> list[_Arm]:
-    """The arms that may answer, in this unit's order. While an experiment runs, the control stands for both its arms;
-    a canary that was promoted stands in where the control may not answer."""
-    if standing is None:
-        return ranking([each for each in model.arms if each[2].upstream in usable], unit)
+    """The arms that may answer, in this unit's order. The control stands for both arms of an experiment, also before
+    it is known how that stands; a canary that was promoted stands in where the control may not answer."""
     found = ranking([each for each in model.pooled if each[2].upstream in usable], unit)
     split = model.split
-    if split is not None and _promoted(standing) and split.canary.upstream in usable and split.control not in found:
-        return [split.canary, *found]
-    return found
+    if split is None or standing is None or not _promoted(standing) or split.control in found:
+        return found
+    return [split.canary, *found] if split.canary.upstream in usable else found
 
 
 def _promoted(standing: Standing) -> bool:

@@ -64,6 +64,10 @@ class Router:
         """Where a conversation is, from a row of before the start or of another gateway. See `Table.learn`."""
         self._table.learn(row)
 
+    def recall(self, experiment: str, arm: str, conversation: str, at: float) -> None:
+        """See `Table.recall`."""
+        self._table.recall(experiment, arm, conversation, at)
+
     async def run(self) -> None:
         """Watch replicas until cancelled."""
         await self.fleet.run()

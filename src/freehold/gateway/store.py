@@ -245,6 +245,15 @@ class Store(abc.ABC):
         )
         return [(position, Note(**dict(zip(Note.__struct_fields__, row, strict=True)))) for position, *row in rows]
 
+    async def conversations(self, experiment: str, since: float) -> list[tuple[str, str, float]]:
+        """Arm, conversation, and when it was last heard of: of an experiment's rows since a time, oldest first."""
+        rows = await self.fetch(
+            "SELECT arm, conversation, max(at) FROM calls WHERE experiment = $1 AND experiment <> '' AND at >= $2 "
+            "AND conversation <> '' GROUP BY arm, conversation ORDER BY max(at)",
+            (experiment, since),
+        )
+        return [(arm, conversation, at) for arm, conversation, at in rows]
+
     @abc.abstractmethod
     async def leads(self, name: str) -> bool:
         """Whether this gateway decides about something now and for the next seconds, and no other."""
@@ -333,11 +342,11 @@ class Store(abc.ABC):
 
     async def _look_for_changes(self) -> float:
         now = dict(await self.fetch(_WATCHED))
-        before, self._counters = self._counters, now
         for name, number in now.items():
-            if before.get(name) != number:
+            if self._counters.get(name) != number:
                 for changed in self._watchers:
                     await changed(name)
+        self._counters = now  # only now: what could not be told is told again
         return WATCH_SECONDS
 
     async def _clear_out(self) -> float:

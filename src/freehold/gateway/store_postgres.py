@@ -152,7 +152,15 @@ class PostgresStore(Store):
         """What the network or the server does wrong, as Unavailable."""
         try:
             yield
-        except (OSError, TimeoutError, self._pg.InterfaceError, self._pg.PostgresConnectionError) as error:
+        except (
+            OSError,
+            TimeoutError,
+            self._pg.InterfaceError,
+            self._pg.PostgresConnectionError,
+            self._pg.OperatorInterventionError,  # it is being shut down, or started
+            self._pg.InsufficientResourcesError,  # no connections, no disk
+            self._pg.ReadOnlySQLTransactionError,  # a standby
+        ) as error:
             raise Unavailable(
                 f"PostgreSQL does not answer: {error or type(error).__name__}", retry_after=RETRY_SECONDS
             ) from error

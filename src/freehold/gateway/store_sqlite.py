@@ -32,6 +32,8 @@ T = TypeVar("T")
 FILE = "ledger.sqlite3"
 BUSY_SECONDS = 5.0
 RETRY_SECONDS = 0.5
+# What SQLite and its driver say of values that they do not take. (A damaged file is a plain DatabaseError.)
+REFUSED = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 
 class SqliteStore(Store):
@@ -216,11 +218,11 @@ class SqliteStore(Store):
             self._writing_since = time.monotonic()
             try:
                 run(connection, to.write_batch(batch, time.time()))
-            except sqlite3.OperationalError as error:  # locked, disk full, disk broken: not for what is in it
+            except (*REFUSED, ValueError, OverflowError) as error:
+                waiting.extend(self._one_by_one(batch, error))
+            except sqlite3.Error as error:  # locked, disk full, file damaged: not for what is in it
                 self._failure = f"the ledger {self.path} cannot be written: {error}"
                 return [batch, *waiting]
-            except (sqlite3.Error, ValueError, OverflowError) as error:
-                waiting.extend(self._one_by_one(batch, error))
             finally:
                 self._writing_since = None
         self._failure = ""

@@ -238,10 +238,16 @@ def forget_user(user: str) -> Transaction[int]:
 
 
 def prune(before: float, limit: int) -> Transaction[int]:
-    """Delete up to `limit` of the rows from before a time, with their notes and texts. Returns how many."""
-    chosen = "SELECT row_id FROM calls WHERE at < $1 ORDER BY at, row_id LIMIT $2"
+    """Delete up to `limit` of the rows from before a time, with their notes and texts. Returns how many.
+
+    Texts go in time. Rows of an experiment that was looked at since then stay, for its decisions to be made again.
+    """
+    chosen = (
+        "SELECT row_id FROM calls WHERE at < $1 AND (experiment = '' OR experiment NOT IN "
+        "(SELECT experiment FROM decisions WHERE at >= $1)) ORDER BY at, row_id LIMIT $2"
+    )
+    yield Do("DELETE FROM texts WHERE row_id IN (SELECT row_id FROM calls WHERE at < $1)", (before,))
     yield Do(f"DELETE FROM notes WHERE row_id IN ({chosen})", (before, limit))
-    yield Do(f"DELETE FROM texts WHERE row_id IN ({chosen})", (before, limit))
     rows = yield Do(f"DELETE FROM calls WHERE row_id IN ({chosen}) RETURNING row_id", (before, limit))
     return len(rows)
 

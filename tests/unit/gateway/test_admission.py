@@ -141,7 +141,7 @@ async def test_a_request_without_a_limit_may_cost_the_aliass(admission: Admissio
 
 async def test_nothing_is_admitted_that_cannot_be_written_down(clock: Clock) -> None:
     admission = Admission(settings(), LocalBudgets(Journal()), lambda: "disk full", clock)
-    with pytest.raises(Unavailable, match="disk full"):
+    with pytest.raises(Unavailable, match="written down"):
         await admission.admit(call(Caller("k")), TARGETS)
 
 
@@ -174,3 +174,22 @@ async def test_an_aborted_wait_gives_its_place_back(clock: Clock) -> None:
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert await admission.admit(call(replace(caller, budget_per_day=None)), TARGETS)
+
+
+@pytest.mark.parametrize("where", ["the ledger", "the budgets"])
+async def test_callers_are_not_told_what_is_wrong_with_the_database(
+    where: str, journal: Journal, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Gone(LocalBudgets):
+        async def reserve(self, *_: object) -> None:
+            raise Unavailable(words)
+
+    words = "/var/lib/ledger.sqlite3: INSERT INTO calls ...: disk I/O error"
+    budgets = LocalBudgets(journal) if where == "the ledger" else Gone(journal)
+    admission = Admission(settings(), budgets, lambda: words if where == "the ledger" else "", clock)
+    for _ in range(3):
+        with pytest.raises(Unavailable) as refusal:
+            await admission.admit(call(Caller("k", budget_per_day=1000, max_concurrent=1)), TARGETS)
+        assert "sqlite3" not in refusal.value.message
+        assert refusal.value.retry_after
+    assert [record.getMessage() for record in caplog.records] == [f"calls are refused: {words}"]

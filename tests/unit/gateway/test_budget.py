@@ -58,6 +58,7 @@ DEAR = Target("v", "n", price=Price(input=5_000_000, output=25_000_000))
         ({"max_tokens": 1, "body": b"x"}, [CHEAP], 1 + 3),  # rounded up, each
         ({"endpoint": "embeddings"}, [CHEAP], 600),
         ({"max_tokens": 0}, [], 0),
+        ({"max_tokens": 10**30}, [CHEAP], 2**53),  # as much as a database can add up
         ({"max_tokens": 0}, [Target("u", "m", price=Price(input=1_000_000, cached_input=1_250_000))], 1250),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from freehold.gateway.config import Settings, When
+from freehold.errors import ConfigError
+from freehold.gateway.config import Settings, When, parse
 from tests.routing import TOML
 from tests.source_checks import ROOT
 
@@ -79,3 +80,9 @@ def test_the_check_finds_a_block_that_is_not() -> None:
 def test_every_condition_is_documented() -> None:
     table = PAGE.read_text().partition("| condition |")[2].partition("A rule's target")[0]
     assert set(re.findall(r"`([a-z_]+)`", table)) >= set(When.model_fields)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000 + "]" * 5000, "a = " + "9" * 5000])
+def test_what_no_parser_can_read_is_a_wrong_file(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse(text)

@@ -225,6 +225,26 @@ def test_effort_in_every_spelling(body: dict[str, Any], effort: str) -> None:
     assert read(body).effort == effort
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "body", "max_tokens", "choices"),
+    [
+        ("chat", {"max_tokens": 5, "max_completion_tokens": 7, "n": 2}, 7, 2),
+        ("chat", {"max_output_tokens": 1}, None, 1),
+        ("responses", {"max_output_tokens": 5, "max_tokens": 1}, 5, 1),
+        ("responses", {"max_tokens": 1}, None, 1),
+        ("messages", {"max_tokens": 5, "max_completion_tokens": 9}, 5, 1),
+        ("completions", {"max_tokens": 5, "max_completion_tokens": 9, "prompt": "a"}, 5, 1),
+        ("completions", {"prompt": ["a", "b", "c"], "n": 2, "best_of": 4}, None, 12),
+        ("completions", {"prompt": [1, 2, 3]}, None, 1),
+        ("completions", {"prompt": [[1, 2], [3]]}, None, 2),
+        ("completions", {"prompt": []}, None, 1),
+    ],
+)
+def test_how_much_may_be_generated(endpoint: str, body: dict[str, Any], max_tokens: int | None, choices: int) -> None:
+    found = read(body, endpoint)
+    assert (found.max_tokens, found.choices) == (max_tokens, choices)
+
+
 def test_names_of_prompts_come_from_headers_or_metadata() -> None:
     metadata = {"metadata": {"prompt_name": "sum", "prompt_version": 3}}
     assert (read(metadata).prompt_name, read(metadata).prompt_version) == ("sum", "3")

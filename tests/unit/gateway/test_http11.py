@@ -365,3 +365,17 @@ async def test_who_reads_slowly_gets_the_whole_answer(server: Server, monkeypatc
             await asyncio.sleep(0.005)
     assert got > size
     writer.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"content-length: 3\r\n\r\nabc", b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n2\r\nbc\r\n0\r\n\r\n"],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_request_that_offers_an_upgrade_keeps_its_body(body: bytes, at_once: bool, server: Server) -> None:
+    head = b"POST /a HTTP/1.1\r\nhost: a\r\nconnection: upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+    whole = head + body
+    pieces = [whole] if at_once else [whole[at : at + 1] for at in range(len(whole))]
+    answer = await server.ask(*pieces)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"POST /a 3")

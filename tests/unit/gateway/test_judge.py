@@ -122,6 +122,14 @@ def test_it_wants_mirrored_calls_of_units_that_were_not_judged_until_the_budget_
     assert judge.wants(request(3), DECISION)
 
 
+def test_data_of_two_classes_is_not_shown_to_a_judge() -> None:
+    """Its call can name one of them: a header must not widen where the data of a key may go."""
+    judge = Judge(judging(), "http://127.0.0.1:1", lambda note: None, lambda: 0.0)
+    of_key = replace(request().caller, data_class="secret")
+    assert judge.wants(replace(request(), caller=of_key, data_class="secret"), DECISION)
+    assert not judge.wants(replace(request(), caller=of_key, data_class="public"), DECISION)
+
+
 def test_only_a_share_is_judged() -> None:
     judge = Judge(judging(share=0.25), "http://127.0.0.1:1", lambda note: None, lambda: 0.0)
     assert 180 < sum(judge.wants(request(n), DECISION) for n in range(1000)) < 320

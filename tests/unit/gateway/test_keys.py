@@ -56,6 +56,16 @@ def test_without_keys_anybody_is_let_in_until_there_is_one() -> None:
     assert keys.authenticate(OTHER) is keys.authenticate("") is None
 
 
+def test_a_name_that_is_taken_does_not_keep_others_from_being_revoked() -> None:
+    digest = digest_of("fh-of-the-settings-0123456789")
+    keys = Keys(settings(f'[keys.taken]\nsha256 = "{digest}"\n'), [MADE])
+    assert keys.authenticate(OTHER)
+    taken = KeyRecord(key_id="taken", digest=digest_of("fh-made-by-command-0123456789"))
+    keys.replace([taken, KeyRecord(key_id="made", digest=digest_of(OTHER), revoked_at=1.0)])
+    assert keys.authenticate(OTHER) is keys.authenticate("fh-made-by-command-0123456789") is None
+    assert keys.authenticate("fh-of-the-settings-0123456789")
+
+
 def test_a_key_expires() -> None:
     now = 100.0
     record = KeyRecord(key_id="made", digest=digest_of(OTHER), expires_at=200.0)

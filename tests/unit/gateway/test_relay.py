@@ -117,7 +117,7 @@ def test_a_fault_before_the_first_byte_is_a_failover(
     assert "[DONE]" in answer.text or not stream
     *failed, last = live.rows
     assert {(row.error, row.status, row.upstream, row.served_arm) for row in failed} == {(kind, status, "u0", "a0")}
-    assert (last.error, last.upstream, last.arm, last.served_arm) == ("", "u1", "a0", "a1")
+    assert (last.error, last.upstream, last.arm, last.served_arm) == ("", "u1", "", "a1"), "no arm: no experiment"
     assert [row.attempt for row in live.rows] == list(range(len(live.rows)))
     assert len({row.request_id for row in live.rows}) == 1
     assert answer.headers["x-request-id"] == last.request_id
@@ -395,3 +395,19 @@ def test_requests_that_are_no_requests(gateway: Start, upstream: StartUpstream) 
         assert answer.headers["x-request-id"]
     assert not served.asked
     assert not live.rows
+
+
+def test_tokens_that_only_the_last_usage_names_are_delivered(gateway: Start, upstream: StartUpstream) -> None:
+    async def without_done(asked: Asked) -> None:
+        """Five tokens in two pieces, and an end without `[DONE]`."""
+        await asked.begin_stream()
+        await asked.word("all")
+        await asked.word(" well")
+        await asked.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        await asked.event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}})
+        await asked.send(b"0\r\n\r\n")
+
+    live = gateway(config(upstream(without_done).url))
+    assert post(live, stream=True).status_code == 200
+    (row,) = live.wait_for_rows(1)
+    assert (row.output_tokens, row.undelivered_tokens, row.error) == (5, 0, "")

@@ -312,6 +312,46 @@ async def test_old_rows_go_with_their_notes_and_texts(store: Store, monkeypatch:
         assert await store.fetch(f"SELECT row_id FROM {table} ORDER BY row_id") == [("r3",), ("r4",)]
 
 
+async def test_rows_of_an_experiment_stay_while_it_is_looked_at(store: Store) -> None:
+    for name in ("over", "runs"):
+        for number in range(2):
+            store.append(row(row_id=f"{name}{number}", at=NOON, experiment=name))
+            store.keep(Text(f"{name}{number}", NOON, "question", "answer"))
+    await store.add_decision("over", 0, {}, at=NOON + 1, actor="a", audited=False)
+    await store.add_decision("runs", 0, {}, at=NOON + 9, actor="a", audited=False)
+    assert await store.prune(NOON + 5) == 2
+    assert [each.row_id for each in await rows_of(store)] == ["runs0", "runs1"]
+    assert not await store.fetch("SELECT row_id FROM texts"), "what was said is not kept any longer"
+
+
+async def test_who_is_on_which_arm(store: Store) -> None:
+    for number, (arm, conversation, at) in enumerate(
+        (("a", "c", 1.0), ("a", "c", 5.0), ("b", "d", 3.0), ("a", "", 9.0))
+    ):
+        store.append(row(row_id=f"r{number}", at=NOON + at, experiment="e", arm=arm, conversation=conversation))
+    await store.flush()
+    assert await store.conversations("e", NOON) == [("b", "d", NOON + 3), ("a", "c", NOON + 5)]
+    assert await store.conversations("e", NOON + 4) == [("a", "c", NOON + 5)]
+    assert await store.conversations("other", NOON) == []
+
+
+async def test_a_change_that_could_not_be_told_is_told_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "STUCK_SECONDS", 0.05)
+    heard = asyncio.Event()
+    calls = 0
+
+    async def changed(what: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError("the database went away")
+        heard.set()
+
+    store.watch(changed)
+    await store.add_key(KeyRecord(key_id="a", digest="d"), "me")
+    await asyncio.wait_for(heard.wait(), 5)
+
+
 async def test_retention_prunes_by_itself(open_store: OpenStore) -> None:
     store = open_store()
     await store.start()

@@ -121,6 +121,27 @@ async def test_a_locked_database_is_trouble_until_it_is_free(tmp_path: Path, mon
     await store.stop()
 
 
+async def test_a_damaged_file_is_trouble_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = store_sqlite.run
+
+    def damaged(*_: object) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(store_sqlite, "RETRY_SECONDS", 0.01)
+    store = SqliteStore(tmp_path, flush_seconds=0.01)
+    await store.start()
+    monkeypatch.setattr(store_sqlite, "run", damaged)
+    store.append(row(row_id="1"))
+    with pytest.raises(Unavailable, match="malformed"):
+        await store.flush()
+    assert store.trouble
+    monkeypatch.setattr(store_sqlite, "run", run)
+    await asyncio.sleep(0.1)
+    assert [each.row_id async for each in store.rows()] == ["1"]
+    assert store.lost == 0
+    await store.stop()
+
+
 async def test_stopping_over_a_database_that_cannot_be_written_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

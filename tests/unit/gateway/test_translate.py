@@ -57,6 +57,11 @@ MESSAGE: dict[str, Any] = {
 }
 
 
+def test_a_limit_of_nothing_is_not_taken_for_no_limit() -> None:
+    message = {"model": "m", "max_tokens": 0, "messages": [{"role": "user", "content": "hi"}]}
+    assert request_to_chat(message, "m", None, None, "vllm")["max_tokens"] == 0
+
+
 def test_a_chat_becomes_messages_and_comes_back() -> None:
     assert request_to_messages(CHAT, "m", 100, None) == MESSAGE
     back = request_to_chat(MESSAGE, "m", None, "", "vllm")

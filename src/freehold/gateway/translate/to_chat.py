@@ -25,7 +25,8 @@ def request_to_chat(
     """
     check_fields(message, _KNOWN, _LEFT_OUT, {})
     body: dict[str, Any] = {"model": model_id, "messages": _conversation(message)}
-    if (most := message.get("max_tokens") or limit) is not None:
+    given = message.get("max_tokens")
+    if (most := limit if given is None else given) is not None:
         body["max_completion_tokens" if engine == "api" else "max_tokens"] = most
     body |= {name: message[name] for name in ("temperature", "top_p", "top_k") if message.get(name) is not None}
     if message.get("stop_sequences"):
