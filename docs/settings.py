@@ -9,14 +9,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from freehold.gateway.config import Name, Settings
 from freehold.gateway.windows import METRICS
 
-SIGNS = {Gt: ("> ", "gt"), Ge: ("≥ ", "ge"), Lt: ("< ", "lt"), Le: ("≤ ", "le")}
+SIGNS = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ "}  # by the name of the constraint
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", Path: "path"}
 KEYS = {"models": "ALIAS", "upstreams.NAME.models": "MODEL"}  # what stands for the keys of a table; else NAME
 _NAME_PATTERN = re.search(r"pattern='([^']+)'", repr(Name))
@@ -115,10 +114,10 @@ def type_words(annotation: Any, metadata: list[Any]) -> str:
     if is_name(metadata):
         return "name"
     bounds = [
-        f"{sign}{getattr(each, key):g}"
+        f"{sign}{getattr(each, name):g}"
         for each in metadata
-        for kind, (sign, key) in SIGNS.items()
-        if isinstance(each, kind)
+        for name, sign in SIGNS.items()
+        if getattr(each, name, None) is not None
     ]
     return " ".join([WORDS[annotation], ", ".join(bounds)]).strip()
 
