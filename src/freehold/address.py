@@ -12,10 +12,12 @@ import socket
 from freehold.errors import InvalidRequest
 
 
-def bind(host: str, port: int, *, has_keys: bool, cure: str) -> tuple[socket.socket, bool]:
+def bind(
+    host: str, port: int, *, has_keys: bool, cure: str, named: tuple[str, str] = ("--host", "--port")
+) -> tuple[socket.socket, bool]:
     """Bind (without listening) and say whether the address is loopback.
 
-    has_keys: callers must show one. cure: how to get some, for the message.
+    has_keys: callers must show one. cure: how to get some, for the message. named: what host and port are called there.
     Raises InvalidRequest: the address cannot be bound, or it is not loopback and there are no keys.
     """
     try:
@@ -23,11 +25,12 @@ def bind(host: str, port: int, *, has_keys: bool, cure: str) -> tuple[socket.soc
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise InvalidRequest(f"--host {host}: {error.strerror}") from None
+        raise InvalidRequest(f"{named[0]} {host}: {error.strerror}") from None
     loopback = is_loopback(str(address[0]))
     if not loopback and not has_keys:
         raise InvalidRequest(
-            f"--host {host} is reachable from other machines, and there is no API key: {cure}, or serve on 127.0.0.1"
+            f"{named[0]} {host} is reachable from other machines, and there is no API key: {cure}, "
+            "or serve on 127.0.0.1"
         )
     sock = socket.socket(family, kind, protocol)
     try:
@@ -35,7 +38,7 @@ def bind(host: str, port: int, *, has_keys: bool, cure: str) -> tuple[socket.soc
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise InvalidRequest(f"cannot serve on {host}:{port}: {error.strerror}; choose another --port") from None
+        raise InvalidRequest(f"cannot serve on {host}:{port}: {error.strerror}; choose another {named[1]}") from None
     return sock, loopback
 
 

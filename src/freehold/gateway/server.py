@@ -46,6 +46,7 @@ def serve(path: Path, notice: Notice) -> None:
         settings.gateway.port,
         has_keys=has_keys(settings),
         cure="make one with `freehold gateway key new`",
+        named=("gateway.host", "gateway.port"),
     )
     with sock, asyncio.Runner(loop_factory=event_loop) as runner:
         runner.run(_main(path, settings, sock, loopback, notice))

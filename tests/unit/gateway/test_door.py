@@ -94,7 +94,7 @@ def test_another_address_needs_keys(tmp_path: Path, capsys: pytest.CaptureFixtur
         config("http://127.0.0.1:1/v1", head=f'[gateway]\ndata_dir = "{tmp_path}"\nhost = "0.0.0.0"\nport = 0')
     )
     assert main(["gateway", str(path)]) == 2
-    assert "there is no API key" in capsys.readouterr().err
+    assert "gateway.host 0.0.0.0 is reachable from other machines, and there is no API key" in capsys.readouterr().err
 
 
 def test_probes_and_unknown_paths(gateway: Start, upstream: StartUpstream) -> None:
