@@ -57,6 +57,7 @@ PAGE = 2000  # rows read at once
 PRUNED_AT_ONCE = 500
 PRUNE_EVERY_SECONDS = 3600.0
 _WATCHED = "SELECT name, number FROM counters WHERE name = 'keys'"
+_GATHERING = 0.25  # of the promised time rows gather; the rest is for the write before theirs, and their own
 _BOOLEANS = tuple(to.COLUMNS.index(name) for name in ("streamed", "warm_up"))
 
 
@@ -380,7 +381,7 @@ def open_store(settings: Settings, *, serving: bool = False) -> Store:
     Raises ConfigError if the PostgreSQL address is not there; its driver is imported at `start`.
     """
     options = settings.store
-    flush_seconds = options.flush_ms / 1000
+    flush_seconds = _GATHERING * options.flush_ms / 1000
     retention = options.retention_days if serving else None
     if options.kind == "sqlite":
         from freehold.gateway.store_sqlite import SqliteStore
