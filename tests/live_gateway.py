@@ -14,7 +14,6 @@ from typing import TypeVar
 from freehold.address import base_url, bind
 from freehold.gateway import server as gateway_server
 from freehold.gateway.config import Settings, parse
-from freehold.gateway.listen import event_loop
 from freehold.gateway.parts import Parts
 from freehold.ledger import Row
 
@@ -48,7 +47,7 @@ class LiveGateway:
         self.path.write_text(config.replace("[gateway]\n", head) if "[gateway]" in config else head + config)
 
     def _run(self, settings: Settings, sock: socket.socket, loopback: bool) -> None:
-        with asyncio.Runner(loop_factory=event_loop) as runner:
+        with asyncio.Runner(loop_factory=gateway_server.event_loop) as runner:
             runner.run(self._main(settings, sock, loopback))
 
     async def _main(self, settings: Settings, sock: socket.socket, loopback: bool) -> None:

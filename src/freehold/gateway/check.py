@@ -1,4 +1,4 @@
-"""What `freehold gateway check` says of valid settings: who may be asked, where each alias goes, and warnings."""
+"""The report of `freehold gateway check`: the settings in words (`describe`), and whether their keys are there."""
 
 from __future__ import annotations
 

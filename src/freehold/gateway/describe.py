@@ -1,5 +1,5 @@
-"""What `freehold gateway check` says of settings that are valid: where calls may go, under which licence and notes, and
-what looks like an oversight. Torch-free."""
+"""Valid settings in words: where calls may go, under which licence and notes, and what looks like an oversight.
+Torch-free."""
 
 from __future__ import annotations
 

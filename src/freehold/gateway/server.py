@@ -21,10 +21,10 @@ from freehold.errors import ConfigError
 from freehold.gateway.app import Door
 from freehold.gateway.build import build_parts
 from freehold.gateway.config import Settings, read
+from freehold.gateway.http11 import Listener
 from freehold.gateway.identity import Hasher, read_or_make_key
 from freehold.gateway.kept import has_keys
 from freehold.gateway.keys import check_admin_key
-from freehold.gateway.listen import event_loop, make_listener
 from freehold.gateway.parts import Parts
 from freehold.gateway.reload import Reloader
 from freehold.gateway.request import RequestReader
@@ -50,6 +50,16 @@ def serve(path: Path, notice: Notice) -> None:
     )
     with sock, asyncio.Runner(loop_factory=event_loop) as runner:
         runner.run(_main(path, settings, sock, loopback, notice))
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """A new event loop: libuv's (docs/decisions/0007), but on Windows, where there is none."""
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop
+
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 async def _main(path: Path, settings: Settings, sock: socket.socket, loopback: bool, notice: Notice) -> None:
@@ -139,7 +149,7 @@ class Server:
             await upstreams.close()
 
     async def _serve(self, door: Door) -> None:
-        listener = make_listener(door)
+        listener = Listener(door)
         await listener.start(self._socket)
         self._notice(f"ready: gateway on {base_url(self._socket)}/v1 ({', '.join(self._settings.models)})")
         await self._stop.wait()

@@ -5,7 +5,6 @@ Nothing of a client's request gets out but its body and the few headers named he
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Final
 
 from freehold.errors import ConfigError
 from freehold.gateway.config import Settings, Upstream
+from freehold.gateway.http11_client import Http11
 from freehold.gateway.outbound import Incoming, Outbound
 from freehold.gateway.parts import Header
 
@@ -63,7 +63,7 @@ class Upstreams:
     """All upstreams: their keys, and the connections to them. Made on the event loop; closed with `close`."""
 
     def __init__(self, outbound: Outbound | None = None) -> None:
-        self._outbound = outbound or make_outbound()
+        self._outbound = outbound or Http11()
         self._heads: dict[str, bytes] = {}
         self._connect: dict[str, float] = {}
         self._secrets: tuple[bytes, ...] = ()
@@ -97,17 +97,6 @@ class Upstreams:
 
     async def close(self) -> None:
         await self._outbound.close()
-
-
-def make_outbound() -> Outbound:
-    """Our own client on llhttp, or aiohttp where httptools is not installed. On the event loop."""
-    if importlib.util.find_spec("httptools") is None:
-        from freehold.gateway.outbound_aiohttp import Aiohttp
-
-        return Aiohttp()
-    from freehold.gateway.http11_client import Http11
-
-    return Http11()
 
 
 def read_key(name: str, upstream: Upstream) -> str:

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("httptools", reason="the gateway serves with uvicorn where httptools is not installed")
-
 from freehold.gateway import http11
 from freehold.gateway.http11 import App, Listener
 
