@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from freehold.gateway.canary import LOOK, SETTLE_SECONDS, Canary
-from freehold.gateway.canary_record import Record
+from freehold.gateway.canary.machine import LOOK, SETTLE_SECONDS, Canary
+from freehold.gateway.canary.record import Record
 from freehold.gateway.config import Experiment
 
 Columns = dict[str, NDArray[np.float64]]

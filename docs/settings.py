@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from freehold.gateway.canary.windows import METRICS
 from freehold.gateway.config import Name, Settings
-from freehold.gateway.windows import METRICS
 
 SIGNS = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ "}  # by the name of the constraint
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", Path: "path"}

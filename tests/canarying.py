@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from freehold.errors import FreeholdError
-from freehold.gateway.canary import SETTLE_SECONDS
-from freehold.gateway.canary_record import Record
+from freehold.gateway.canary.machine import SETTLE_SECONDS
+from freehold.gateway.canary.record import Record
 from freehold.gateway.config import Experiment, Settings
 from freehold.ledger import Note, Row
 

@@ -15,7 +15,7 @@ from _http import Answer, call
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
-from freehold.gateway.app import CALLS
+from freehold.gateway.door.app import CALLS
 from freehold.serve.app import operations
 from freehold.serve.openapi import document
 

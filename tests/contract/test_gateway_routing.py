@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from freehold.gateway.admin_routes import admin_routes
 from freehold.gateway.config import Settings
 from freehold.gateway.parts import Parts
-from freehold.gateway.route import FirstSteps
-from freehold.gateway.router import Router
-from freehold.gateway.savings import Savings
+from freehold.gateway.routing.admin import admin_routes
+from freehold.gateway.routing.route import FirstSteps
+from freehold.gateway.routing.router import Router
+from freehold.gateway.routing.savings import Savings
 from tests.contract.conftest import LiveServer
 from tests.live_gateway import LiveGateway
 from tests.routing import SECRET

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.errors import InvalidRequest
-from freehold.gateway.canary import Canary, replay
-from freehold.gateway.canary_record import COMMANDS, Record
+from freehold.gateway.canary.machine import Canary, replay
+from freehold.gateway.canary.record import COMMANDS, Record
 from freehold.ledger import Note, Row
 from tests.canarying import NAME, experiment, row, stored
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.errors import PolicyRefused, Unavailable
-from freehold.gateway.assign import Points, ranking
 from freehold.gateway.call import Caller, Price, Request
 from freehold.gateway.config import Settings, Upstream
 from freehold.gateway.policy import in_region
 from freehold.gateway.prices import at_most, cost
-from freehold.gateway.replicas import Pool, Replica
-from freehold.gateway.route import Fixed, Table
+from freehold.gateway.routing.assign import Points, ranking
+from freehold.gateway.routing.replicas import Pool, Replica
+from freehold.gateway.routing.route import Fixed, Table
 
 secrets = st.binary(min_size=16, max_size=64)
 units = st.lists(st.text(max_size=20), min_size=1, max_size=60, unique=True)

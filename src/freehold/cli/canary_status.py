@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from freehold.gateway.windows import METRICS
+from freehold.gateway.canary.windows import METRICS
 
 _COLOURS = {"promoted": "green", "rolled_back": "red", "hold": "yellow", "inconclusive": "yellow"}
 _RECENT = 5

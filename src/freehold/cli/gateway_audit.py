@@ -12,8 +12,8 @@ from freehold.errors import FreeholdError
 
 if TYPE_CHECKING:
     from freehold.gateway.config import Settings
-    from freehold.gateway.records import Entry
-    from freehold.gateway.store import Store
+    from freehold.gateway.keeping.records import Entry
+    from freehold.gateway.keeping.store import Store
 
 
 def audit() -> None:
@@ -27,7 +27,7 @@ def audit_verify(
     ] = "",
 ) -> None:
     """Check that nobody changed the log."""
-    from freehold.gateway.audit import START, fault_of
+    from freehold.gateway.keeping.audit import START, fault_of
 
     entries = _entries(config)
     fault = fault_of(entries, head)

@@ -14,7 +14,7 @@ from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from freehold.gateway.config import Settings
-    from freehold.gateway.store import Store
+    from freehold.gateway.keeping.store import Store
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the ledger calls it.", show_default=False)]
 
@@ -39,8 +39,8 @@ def key_new(
     expires_in_days: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
 ) -> None:
     """Make a key and show it, once."""
-    from freehold.gateway.keys import SCOPES, check_record, digest_of, micro_dollars, new_token
-    from freehold.gateway.records import DAY_SECONDS, KeyRecord
+    from freehold.gateway.access.keys import SCOPES, check_record, digest_of, micro_dollars, new_token
+    from freehold.gateway.keeping.records import DAY_SECONDS, KeyRecord
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}", name):
         raise InvalidRequest("a name has letters, digits and . _ : / @ -, and begins with a letter or digit")
@@ -72,7 +72,7 @@ def key_list(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None
     """All keys made by command, and what they may do."""
     import msgspec
 
-    from freehold.gateway.budget import dollars
+    from freehold.gateway.access.budget import dollars
 
     async def listed(store: Store, settings: Settings) -> list[dict[str, object]]:
         found = [msgspec.to_builtins(record) for record in await store.keys()]

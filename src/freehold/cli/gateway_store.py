@@ -17,7 +17,7 @@ from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from freehold.gateway.config import Settings
-    from freehold.gateway.store import Store
+    from freehold.gateway.keeping.store import Store
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ _UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 def with_store(config: Path, work: Callable[[Store, Settings], Awaitable[T]]) -> T:
     """Open the database that the settings name, do the work, and close it. A gateway may run meanwhile."""
     from freehold.gateway.config import read
-    from freehold.gateway.store import open_store
+    from freehold.gateway.keeping.store import open_store
 
     settings = read(config)
 

@@ -16,10 +16,10 @@ from freehold.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from freehold.gateway.config import Settings
-    from freehold.gateway.filters import Filter
-    from freehold.gateway.queries import Change, Spread, Sums
-    from freehold.gateway.records import Usage
-    from freehold.gateway.store import Store
+    from freehold.gateway.keeping.filters import Filter
+    from freehold.gateway.keeping.queries import Change, Spread, Sums
+    from freehold.gateway.keeping.records import Usage
+    from freehold.gateway.keeping.store import Store
 
 SUBCOMMANDS: Mapping[str, tuple[str, str]] = {
     "cost": ("freehold.cli.ledger", "Calls, tokens and cost by prompt version, or by anything else."),
@@ -54,8 +54,8 @@ def cost(
     as_json: JsonOption = False,
 ) -> None:
     """Calls, tokens and cost by prompt version, or by anything else."""
-    from freehold.gateway.budget import dollars
-    from freehold.gateway.queries import sums
+    from freehold.gateway.access.budget import dollars
+    from freehold.gateway.keeping.queries import sums
 
     groups = by or ["prompt_name", "prompt_version"]
     which = _filter(since, until, only, shadows)
@@ -96,7 +96,7 @@ def tokens(
     as_json: JsonOption = False,
 ) -> None:
     """How many tokens a request takes, by task or by anything else."""
-    from freehold.gateway.queries import tokens as ask_tokens
+    from freehold.gateway.keeping.queries import tokens as ask_tokens
 
     groups = by or ["task", "model_id"]
     which = _filter(since, until, only, shadows)
@@ -125,7 +125,7 @@ def regressions(
     as_json: JsonOption = False,
 ) -> None:
     """What the newest version of each prompt changed."""
-    from freehold.gateway.queries import regressions as ask_regressions
+    from freehold.gateway.keeping.queries import regressions as ask_regressions
 
     which = _filter(since, until, only, shadows=False)
 
@@ -155,9 +155,9 @@ def regressions(
 
 def budgets(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:
     """What budgets have spent and reserved today."""
-    from freehold.gateway.budget import dollars
-    from freehold.gateway.keys import micro_dollars
-    from freehold.gateway.records import day_of
+    from freehold.gateway.access.budget import dollars
+    from freehold.gateway.access.keys import micro_dollars
+    from freehold.gateway.keeping.records import day_of
 
     async def ask(store: Store, settings: Settings) -> tuple[list[Usage], dict[str, int]]:
         limits = {f"key:{name}": micro_dollars(key.budget_per_day) for name, key in settings.keys.items()}
@@ -202,7 +202,7 @@ def export(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Write rows to a .parquet or .jsonl file."""
-    from freehold.gateway.export import export as write
+    from freehold.gateway.keeping.export import export as write
 
     which = _filter(since, until, only, shadows=True)
 
@@ -220,7 +220,7 @@ def forget(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Erase who a person is from all rows, or everybody."""
-    from freehold.gateway.erasure import forget_everyone, forget_person
+    from freehold.gateway.keeping.erasure import forget_everyone, forget_person
 
     if (user is None) == (not everyone):
         raise InvalidRequest("say either --user ID or --everyone")
@@ -235,7 +235,7 @@ def forget(
 
 
 def _filter(since: str | None, until: str | None, only: Sequence[str] | None, shadows: bool) -> Filter:
-    from freehold.gateway.filters import NAMES, Filter
+    from freehold.gateway.keeping.filters import NAMES, Filter
 
     given: dict[str, Any] = {}
     for each in only or ():

@@ -7,22 +7,22 @@ import logging
 import time
 
 from freehold.errors import FreeholdError
-from freehold.gateway import feedback
-from freehold.gateway.admin_routes import admin_routes
-from freehold.gateway.assign import PIN_SECONDS
-from freehold.gateway.canaries import Canaries
+from freehold.gateway.canary import feedback
+from freehold.gateway.canary.canaries import Canaries
+from freehold.gateway.canary.judge import Judge
+from freehold.gateway.canary.ledger import ExperimentLedger
 from freehold.gateway.config import Settings
-from freehold.gateway.experiment_ledger import ExperimentLedger
-from freehold.gateway.judge import Judge
-from freehold.gateway.kept import open_kept
+from freehold.gateway.door.upstream import auth_headers
+from freehold.gateway.keeping.kept import open_kept
+from freehold.gateway.keeping.store import Store
 from freehold.gateway.metrics import GatewayMetrics
 from freehold.gateway.parts import Parts
 from freehold.gateway.policy import check_addresses
-from freehold.gateway.router import Router
-from freehold.gateway.savings import Savings
-from freehold.gateway.store import Store
+from freehold.gateway.routing.admin import admin_routes
+from freehold.gateway.routing.assign import PIN_SECONDS
+from freehold.gateway.routing.router import Router
+from freehold.gateway.routing.savings import Savings
 from freehold.gateway.telemetry import exporting
-from freehold.gateway.upstream import auth_headers
 
 _log = logging.getLogger("freehold.gateway")
 

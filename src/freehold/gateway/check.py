@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from freehold.errors import ConfigError
 from freehold.gateway.config import Settings, Upstream
 from freehold.gateway.describe import describe, warnings
+from freehold.gateway.door.upstream import read_key
 from freehold.gateway.policy import check_addresses
 from freehold.gateway.server import read_admin_key
-from freehold.gateway.upstream import read_key
 
 
 def report(settings: Settings) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from freehold.errors import ConfigError
 from freehold.gateway.call import Effort
-from freehold.gateway.windows import METRICS
+from freehold.gateway.canary.windows import METRICS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=128)]
 Speaks = Literal["chat", "completions", "responses", "messages", "embeddings"]
@@ -197,7 +197,7 @@ class When(Section):
 
 
 class Paths(Section):
-    """What tells requests that need a reasoning model from those that do not: `freehold.gateway.paths`."""
+    """What tells requests that need a reasoning model from those that do not: `freehold.gateway.routing.paths`."""
 
     reasoning_tasks: tuple[str, ...] = Field(
         ("agent", "code", "debug", "math", "plan", "proof", "research", "review"),
@@ -262,7 +262,7 @@ class Route(Section):
 class Guardrail(Section):
     """Something that the canary must not make worse."""
 
-    metric: str = Field(description="What is compared: one of `freehold.gateway.windows.METRICS`.")
+    metric: str = Field(description="What is compared: one of `freehold.gateway.canary.windows.METRICS`.")
     margin: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         description="How much worse is accepted: absolute for rates and scores, else relative; the metric's own.",

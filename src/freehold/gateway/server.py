@@ -18,17 +18,17 @@ from pathlib import Path
 
 from freehold.address import base_url, bind
 from freehold.errors import ConfigError
-from freehold.gateway.app import Door
+from freehold.gateway.access.keys import check_admin_key
 from freehold.gateway.build import build_parts
 from freehold.gateway.config import Settings, read
-from freehold.gateway.http11 import Listener
+from freehold.gateway.door.app import Door
+from freehold.gateway.door.request import RequestReader
+from freehold.gateway.door.upstream import Upstreams
+from freehold.gateway.http.http11 import Listener
 from freehold.gateway.identity import Hasher, read_or_make_key
-from freehold.gateway.kept import has_keys
-from freehold.gateway.keys import check_admin_key
+from freehold.gateway.keeping.kept import has_keys
 from freehold.gateway.parts import Parts
 from freehold.gateway.reload import Reloader
-from freehold.gateway.request import RequestReader
-from freehold.gateway.upstream import Upstreams
 
 Notice = Callable[[str], None]
 

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from freehold.cli.main import main
-from freehold.gateway.canaries import Canaries
+from freehold.gateway.canary.canaries import Canaries
 from freehold.gateway.parts import Asked
 from tests.canarying import NAME, MemoryLedger, experiment, settings, traffic
 

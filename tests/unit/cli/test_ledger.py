@@ -13,9 +13,9 @@ import pytest
 from freehold.cli.gateway_store import moment
 from freehold.cli.main import main
 from freehold.errors import InvalidRequest
-from freehold.gateway.keys import Keys, digest_of
-from freehold.gateway.records import KeyRecord, Reservation, day_of
-from freehold.gateway.store_sqlite import SqliteStore
+from freehold.gateway.access.keys import Keys, digest_of
+from freehold.gateway.keeping.records import KeyRecord, Reservation, day_of
+from freehold.gateway.keeping.sqlite import SqliteStore
 from tests.unit.gateway.ledger_rows import row
 from tests.unit.gateway.settings_text import SETTINGS, settings
 

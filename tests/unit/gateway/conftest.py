@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from freehold.gateway.store import Store
-from freehold.gateway.store_postgres import PostgresStore
-from freehold.gateway.store_sqlite import SqliteStore
+from freehold.gateway.keeping.postgres import PostgresStore
+from freehold.gateway.keeping.sqlite import SqliteStore
+from freehold.gateway.keeping.store import Store
 from tests.live_gateway import LiveGateway
 from tests.scripted_upstream import Reply, Scripted, fine
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from freehold.errors import BudgetExhausted, RateLimited, Unavailable
-from freehold.gateway.admission import Admission, open_admission
-from freehold.gateway.budget import LocalBudgets
+from freehold.gateway.access.admission import Admission, open_admission
+from freehold.gateway.access.budget import LocalBudgets
 from freehold.gateway.call import Caller, Decision, Price, Request, Target
-from freehold.gateway.records import Usage, day_of
-from freehold.gateway.store import Store
+from freehold.gateway.keeping.records import Usage, day_of
+from freehold.gateway.keeping.store import Store
 from tests.unit.gateway.ledger_rows import NOON, row
 from tests.unit.gateway.settings_text import settings
 from tests.unit.gateway.test_budget import Journal

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from freehold.gateway.assign import Pins, Points, ranking
+from freehold.gateway.routing.assign import Pins, Points, ranking
 from tests.routing import SECRET
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from freehold.gateway.audit import SettingsLog, changes, entry_after, fault_of
-from freehold.gateway.records import Entry
-from freehold.gateway.store import Store
-from freehold.gateway.store_sqlite import FILE, SqliteStore
+from freehold.gateway.keeping.audit import SettingsLog, changes, entry_after, fault_of
+from freehold.gateway.keeping.records import Entry
+from freehold.gateway.keeping.sqlite import FILE, SqliteStore
+from freehold.gateway.keeping.store import Store
 from tests.unit.gateway.conftest import OpenStore
 from tests.unit.gateway.settings_text import settings
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from freehold.errors import BudgetExhausted
-from freehold.gateway.budget import Limit, LocalBudgets, SharedBudgets, bound, dollars, spent_by
+from freehold.gateway.access.budget import Limit, LocalBudgets, SharedBudgets, bound, dollars, spent_by
 from freehold.gateway.call import Caller, Price, Request, Target
 from freehold.gateway.identity import new_id
-from freehold.gateway.records import Reservation, Usage, day_of
-from freehold.gateway.store_postgres import PostgresStore
+from freehold.gateway.keeping.postgres import PostgresStore
+from freehold.gateway.keeping.records import Reservation, Usage, day_of
 from tests.unit.gateway.ledger_rows import NOON, row
 
 DAY = day_of(NOON)

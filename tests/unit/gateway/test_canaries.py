@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from freehold.errors import FreeholdError, InvalidRequest, NotFound
-from freehold.gateway.canaries import Canaries
-from freehold.gateway.canary_record import Plan, Record
+from freehold.gateway.canary.canaries import Canaries
+from freehold.gateway.canary.record import Plan, Record
 from freehold.gateway.parts import Asked
 from freehold.ledger import Note
 from tests.canarying import NAME, MemoryLedger, experiment, row, settings, traffic

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from freehold.errors import ConfigError, InvalidRequest
-from freehold.gateway.canary import LOOK, SETTLE_SECONDS, Canary
-from freehold.gateway.canary_record import Record
+from freehold.gateway.canary.machine import LOOK, SETTLE_SECONDS, Canary
+from freehold.gateway.canary.record import Record
 from freehold.gateway.config import Settings, parse
 from freehold.ledger import Note, Row
 from tests.canarying import NAME, experiment, row, settings, traffic

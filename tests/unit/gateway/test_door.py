@@ -17,13 +17,13 @@ import pytest
 
 from freehold.cli.main import main
 from freehold.errors import ConfigError, InvalidRequest, NotFound
-from freehold.gateway import app
-from freehold.gateway.app import RouteTable
 from freehold.gateway.call import Caller
 from freehold.gateway.config import parse
+from freehold.gateway.door import app
+from freehold.gateway.door.app import RouteTable
+from freehold.gateway.door.request import RequestReader
 from freehold.gateway.identity import Hasher, new_id, read_or_make_key
 from freehold.gateway.parts import Answer, Asked
-from freehold.gateway.request import RequestReader
 from freehold.gateway.server import read_admin_key
 from tests.live_gateway import LiveGateway
 from tests.scripted_upstream import Scripted

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
-from freehold.gateway.engine_load import Load, read_load
+from freehold.gateway.routing.engine_load import Load, read_load
 
 VLLM = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.

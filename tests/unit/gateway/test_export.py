@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from freehold.errors import InvalidRequest
-from freehold.gateway.export import export
-from freehold.gateway.filters import Filter
-from freehold.gateway.store_sqlite import SqliteStore
+from freehold.gateway.keeping.export import export
+from freehold.gateway.keeping.filters import Filter
+from freehold.gateway.keeping.sqlite import SqliteStore
 from freehold.ledger import Row
 from tests.unit.gateway.ledger_rows import NOON, full_row, row
 

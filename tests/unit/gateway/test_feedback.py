@@ -6,7 +6,7 @@ import pytest
 
 from freehold.errors import InvalidRequest
 from freehold.gateway.call import Caller
-from freehold.gateway.feedback import read, routes
+from freehold.gateway.canary.feedback import read, routes
 from freehold.gateway.parts import Asked
 from freehold.ledger import Note
 

@@ -13,10 +13,10 @@ from aiohttp.resolver import ThreadedResolver
 
 from freehold.errors import ConfigError, NotFound, Unavailable
 from freehold.gateway.config import Settings, Upstream
-from freehold.gateway.fleet import Fleet
-from freehold.gateway.replicas import Replica
-from freehold.gateway.route import Fixed
-from freehold.gateway.router import Router
+from freehold.gateway.routing.fleet import Fleet
+from freehold.gateway.routing.replicas import Replica
+from freehold.gateway.routing.route import Fixed
+from freehold.gateway.routing.router import Router
 from tests.routing import SECRET, request
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from freehold.gateway import http11
-from freehold.gateway.http11 import App, Listener
+from freehold.gateway.http import http11
+from freehold.gateway.http.http11 import App, Listener
 
 Ask = Callable[..., Awaitable[bytes]]
 

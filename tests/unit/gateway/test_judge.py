@@ -15,8 +15,8 @@ from aiohttp import web
 
 from freehold.errors import ConfigError, FreeholdError
 from freehold.gateway.call import Caller, Decision, Request, Target
+from freehold.gateway.canary.judge import Judge, read_scores
 from freehold.gateway.config import Settings
-from freehold.gateway.judge import Judge, read_scores
 from freehold.ledger import Note
 from tests.canarying import NAME, experiment, row, settings
 

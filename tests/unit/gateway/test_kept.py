@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from freehold.errors import ConfigError
+from freehold.gateway.access.keys import digest_of, new_token
 from freehold.gateway.config import Settings
-from freehold.gateway.kept import has_keys, open_kept
-from freehold.gateway.keys import digest_of, new_token
-from freehold.gateway.records import KeyRecord
-from freehold.gateway.store import open_store
+from freehold.gateway.keeping.kept import has_keys, open_kept
+from freehold.gateway.keeping.records import KeyRecord
+from freehold.gateway.keeping.store import open_store
 from tests.unit.gateway.settings_text import settings
 
 

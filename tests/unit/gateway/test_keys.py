@@ -8,10 +8,10 @@ import time
 import pytest
 
 from freehold.errors import ConfigError, InvalidRequest
-from freehold.gateway import keys as keys_module
-from freehold.gateway.keys import ANYBODY, SCOPES, Keys, check_admin_key, check_record, digest_of, new_token
-from freehold.gateway.records import KeyRecord
-from freehold.gateway.store import Store
+from freehold.gateway.access import keys as keys_module
+from freehold.gateway.access.keys import ANYBODY, SCOPES, Keys, check_admin_key, check_record, digest_of, new_token
+from freehold.gateway.keeping.records import KeyRecord
+from freehold.gateway.keeping.store import Store
 from tests.unit.gateway.settings_text import settings
 
 TOKEN, OTHER = new_token(), new_token()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freehold.errors import BudgetExhausted, NotFound, Overloaded, RateLimited
-from freehold.gateway.limits import Gcra, Meter, estimated_tokens, refusal_headers
+from freehold.gateway.access.limits import Gcra, Meter, estimated_tokens, refusal_headers
 
 
 def test_a_minutes_worth_at_once_and_then_the_rate() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freehold.gateway.meter import Meter, is_looping
-from freehold.gateway.sse import MAX_EVENT_BYTES, NotAStream, Splitter, data_of
+from freehold.gateway.door.meter import Meter, is_looping
+from freehold.gateway.http.sse import MAX_EVENT_BYTES, NotAStream, Splitter, data_of
 
 
 def chat(delta: dict[str, Any] | None = None, reason: str | None = None, **more: Any) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from freehold.gateway.config import Paths
-from freehold.gateway.paths import PathRules, features
+from freehold.gateway.routing.paths import PathRules, features
 from tests.routing import chat, request
 
 RULES = PathRules(Paths())

@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 
 from freehold.errors import InvalidRequest
-from freehold.gateway.filters import Filter
-from freehold.gateway.queries import GROUPS, difference, regressions, sums, tokens
-from freehold.gateway.store import Store
+from freehold.gateway.keeping.filters import Filter
+from freehold.gateway.keeping.queries import GROUPS, difference, regressions, sums, tokens
+from freehold.gateway.keeping.store import Store
 from freehold.ledger import FAILURES, Row
 from freehold.stats import Interval, wilson
 from tests.unit.gateway.ledger_rows import NOON, full_row, row

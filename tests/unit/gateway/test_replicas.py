@@ -9,8 +9,8 @@ import pytest
 
 from freehold.errors import Unavailable
 from freehold.gateway.config import Upstream
-from freehold.gateway.engine_load import Load
-from freehold.gateway.replicas import Pool, Replica
+from freehold.gateway.routing.engine_load import Load
+from freehold.gateway.routing.replicas import Pool, Replica
 
 
 class Clock:

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from freehold.gateway.canaries import Canaries
-from freehold.gateway.router import Router
+from freehold.gateway.canary.canaries import Canaries
+from freehold.gateway.routing.router import Router
 from tests.live_gateway import LiveGateway
 from tests.scripted_upstream import Scripted
 

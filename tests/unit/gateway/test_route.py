@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from freehold.errors import NotFound, PolicyRefused, UnsupportedField
-from freehold.gateway.assign import Pins
 from freehold.gateway.call import Caller, Decision, Target
-from freehold.gateway.route import Experiments, FirstSteps, Fixed, Table
+from freehold.gateway.routing.assign import Pins
+from freehold.gateway.routing.route import Experiments, FirstSteps, Fixed, Table
 from freehold.ledger import Row
 from tests.routing import EXPERIMENT, SECRET, TOML, chat, request, settings
 

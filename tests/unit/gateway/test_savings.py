@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from freehold.gateway.prices import cost, price_of
-from freehold.gateway.savings import MIN_ROWS, lines, savings
+from freehold.gateway.routing.savings import MIN_ROWS, lines, savings
 from freehold.ledger import Row
 from tests.routing import settings
 

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from freehold.errors import ConfigError, Conflict, InvalidRequest, NotFound
-from freehold.gateway import schema, store_postgres, store_sqlite
-from freehold.gateway import store as store_module
-from freehold.gateway import transactions as to
-from freehold.gateway.filters import Filter
-from freehold.gateway.records import KeyRecord, Reservation, Text, Usage, day_of
-from freehold.gateway.store import Store
+from freehold.gateway.keeping import postgres as store_postgres
+from freehold.gateway.keeping import schema
+from freehold.gateway.keeping import sqlite as store_sqlite
+from freehold.gateway.keeping import store as store_module
+from freehold.gateway.keeping import transactions as to
+from freehold.gateway.keeping.filters import Filter
+from freehold.gateway.keeping.records import KeyRecord, Reservation, Text, Usage, day_of
+from freehold.gateway.keeping.store import Store
 from freehold.ledger import Note, Row
 from tests.unit.gateway.conftest import OpenStore
 from tests.unit.gateway.ledger_rows import FULL, NOON, full_row, row

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from freehold.errors import ConfigError, Unavailable
-from freehold.gateway import store_sqlite
-from freehold.gateway.records import day_of
-from freehold.gateway.store import STUCK_SECONDS
-from freehold.gateway.store_sqlite import FILE, SqliteStore
+from freehold.gateway.keeping import sqlite as store_sqlite
+from freehold.gateway.keeping.records import day_of
+from freehold.gateway.keeping.sqlite import FILE, SqliteStore
+from freehold.gateway.keeping.store import STUCK_SECONDS
 from tests.source_checks import ROOT
 from tests.unit.gateway.ledger_rows import row
 
@@ -28,8 +28,8 @@ WINDOW = 0.2  # seconds: what was appended before that is on disk, whatever happ
 VICTIM = """
 import asyncio, sys, time
 from pathlib import Path
-from freehold.gateway.records import Reservation, day_of
-from freehold.gateway.store_sqlite import SqliteStore
+from freehold.gateway.keeping.records import Reservation, day_of
+from freehold.gateway.keeping.sqlite import SqliteStore
 from tests.unit.gateway.ledger_rows import row
 
 async def main():

@@ -9,10 +9,10 @@ import pytest
 
 from freehold.errors import ConfigError
 from freehold.gateway.call import Caller, Decision, Request
-from freehold.gateway.erasure import forget_everyone, forget_person
 from freehold.gateway.identity import Hasher
-from freehold.gateway.store import Store
-from freehold.gateway.texts import TextKeeper
+from freehold.gateway.keeping.erasure import forget_everyone, forget_person
+from freehold.gateway.keeping.store import Store
+from freehold.gateway.keeping.texts import TextKeeper
 from tests.unit.gateway.ledger_rows import NOON, row
 from tests.unit.gateway.settings_text import settings
 

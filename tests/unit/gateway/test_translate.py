@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from freehold.errors import InvalidRequest, UnsupportedField
-from freehold.gateway.translate.as_chat import AsChatStream, whole_as_chat
-from freehold.gateway.translate.as_message import AsMessageStream, whole_as_message
-from freehold.gateway.translate.to_chat import request_to_chat
-from freehold.gateway.translate.to_messages import request_to_messages
-from freehold.gateway.wire import wire_for
+from freehold.gateway.door.translate.as_chat import AsChatStream, whole_as_chat
+from freehold.gateway.door.translate.as_message import AsMessageStream, whole_as_message
+from freehold.gateway.door.translate.to_chat import request_to_chat
+from freehold.gateway.door.translate.to_messages import request_to_messages
+from freehold.gateway.door.wire import wire_for
 
 CALL = {"id": "t1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 CHAT: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from freehold.gateway.windows import METRICS, Compared, Window, bucket, edge, histogram_of
+from freehold.gateway.canary.windows import METRICS, Compared, Window, bucket, edge, histogram_of
 from freehold.ledger import FAILURES, Note, Row
 from tests.canarying import row
 

@@ -1,0 +1,1 @@
+"""Experiments: what is watched, when it is enough, and what follows."""

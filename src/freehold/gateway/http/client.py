@@ -1,0 +1,280 @@
+"""An HTTP/1.1 client for one thing: posting a body to a fixed address and reading the answer as it comes, on llhttp
+(httptools), over plain TCP or TLS. See docs/decisions/0007.
+
+Connections are kept and used again, the latest first; one that has idled for `IDLE_SECONDS` is closed. Nothing is
+followed, retried or decompressed. Whoever reads slowly makes the upstream wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httptools
+
+from freehold.gateway.http.outbound import Broken
+from freehold.gateway.policy import is_local_address
+
+IDLE_SECONDS: Final = 20.0  # shorter than servers keep theirs: a request on one that is just being closed is lost
+MAX_HEADER_BYTES: Final = 65_536
+_PAUSE_BYTES: Final = 1 << 18
+_WRITE_HIGH: Final = 1 << 20
+
+
+class Http11:
+    """Connections to any number of addresses, on the running event loop."""
+
+    def __init__(self) -> None:
+        self.local_only = False
+        self._loop = asyncio.get_running_loop()
+        self._pools: dict[str, _Pool] = {}
+        self._tls = ssl.create_default_context()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def post(self, url: str, head: bytes, body: bytes, connect_seconds: float) -> Response:
+        """head: header lines, each with its end. Returns when the headers of the answer are there.
+
+        Raises Broken: no connection, or it ended before an answer; ValueError: what came is not HTTP.
+        """
+        pool = self._pools.get(url)
+        if pool is None:
+            pool = self._pools[url] = _Pool(url, self._tls)
+        connection = pool.take(self._loop.time()) or await self._connect(pool, connect_seconds)
+        response = Response(connection)
+        connection.begin(response)
+        connection.transport.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (pool.request_line, head, len(body), body))
+        try:
+            await response.headers_complete()
+        except BaseException:
+            response.close()
+            raise
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(IDLE_SECONDS / 2, self._sweep)
+        return response
+
+    async def _connect(self, pool: _Pool, seconds: float) -> _Connection:
+        try:
+            async with asyncio.timeout(seconds):
+                _, connection = await self._loop.create_connection(
+                    lambda: _Connection(pool, self._loop),
+                    pool.host,
+                    pool.port,
+                    ssl=pool.tls,
+                    server_hostname=pool.host if pool.tls is not None else None,
+                )
+        except TimeoutError:
+            raise Broken(f"no connection within {seconds:g} s", before_answer=True) from None
+        except OSError as error:  # refused, no such name, a certificate that is not trusted
+            words = error.strerror or str(error) or type(error).__name__
+            raise Broken(f"cannot connect: {words}", before_answer=True) from None
+        if self.local_only and not is_local_address(str(connection.transport.get_extra_info("peername")[0])):
+            connection.transport.abort()
+            raise Broken(f"air-gapped: {pool.host} is not a local address", before_answer=True)
+        return connection
+
+    def _sweep(self) -> None:
+        now = self._loop.time()
+        kept = sum(pool.drop_idle(now) for pool in self._pools.values())
+        self._sweeper = self._loop.call_later(IDLE_SECONDS / 2, self._sweep) if kept else None
+
+    async def close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for pool in self._pools.values():
+            pool.drop_idle(float("inf"))
+        await asyncio.sleep(0)  # lets the transports close
+
+
+class _Pool:
+    """One address: its idle connections, the one used last at the end."""
+
+    def __init__(self, url: str, tls: ssl.SSLContext) -> None:
+        parts = urlsplit(url)
+        self.host = parts.hostname or ""
+        self.tls = tls if parts.scheme == "https" else None
+        self.port = parts.port or (443 if self.tls is not None else 80)
+        target = (parts.path or "/").encode("ascii")
+        self.request_line = b"POST %b HTTP/1.1\r\nhost: %b\r\n" % (target, parts.netloc.encode("idna"))
+        self.idle: list[tuple[_Connection, float]] = []
+
+    def take(self, now: float) -> _Connection | None:
+        while self.idle:
+            connection, since = self.idle.pop()
+            if not connection.transport.is_closing() and now - since < IDLE_SECONDS:
+                return connection
+            connection.transport.abort()
+        return None
+
+    def drop_idle(self, now: float) -> int:
+        """Close those that have idled too long; how many are left."""
+        kept = [(one, since) for one, since in self.idle if now - since < IDLE_SECONDS]
+        for connection, since in self.idle:
+            if now - since >= IDLE_SECONDS:
+                connection.transport.close()
+        self.idle = kept
+        return len(kept)
+
+
+class Response:
+    """One answer, while it comes."""
+
+    __slots__ = ("_connection", "_pieces", "_size", "_waiter", "complete", "error", "fields", "has_head", "status")
+
+    def __init__(self, connection: _Connection) -> None:
+        self.status = 0
+        self.fields: dict[str, str] = {}  # lower-case names; the last of several
+        self.has_head = False
+        self.complete = False
+        self.error: Exception | None = None
+        self._connection = connection
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def headers_complete(self) -> None:
+        while not self.has_head:
+            if self.error is not None:
+                raise self.error
+            await self._wait()
+
+    async def next(self) -> bytes:
+        """What has come since; b"" at the end. Raises Broken, ValueError."""
+        while not self._pieces:
+            if self.complete:
+                return b""
+            if self.error is not None:
+                raise self.error
+            await self._wait()
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._size = 0
+        self._connection.go_on()
+        return data
+
+    def close(self) -> None:
+        """Give the connection back, if the answer came whole; else end it."""
+        self._connection.end(reusable=self.complete)
+
+    async def _wait(self) -> None:
+        self._waiter = self._connection.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def add(self, data: bytes) -> bool:
+        """Whether so much has come that nobody took that no more is wanted."""
+        self._pieces.append(data)
+        self._size += len(data)
+        self.wake()
+        return self._size > _PAUSE_BYTES
+
+    def fail(self, error: Exception) -> None:
+        if not self.complete and self.error is None:
+            self.error = error
+            self.wake()
+
+
+class _Connection(asyncio.Protocol):
+    """A connection to an upstream, with at most one request on it."""
+
+    __slots__ = ("_fields", "_header_bytes", "_parser", "_paused", "_pool", "_response", "loop", "transport")
+
+    def __init__(self, pool: _Pool, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.transport: Any = None
+        self._pool = pool
+        self._response: Response | None = None
+        self._parser: Any = None
+        self._paused = False
+        self._fields: dict[str, str] = {}
+        self._header_bytes = 0
+
+    def begin(self, response: Response) -> None:
+        self._response = response
+        self._parser = httptools.HttpResponseParser(self)
+
+    def end(self, *, reusable: bool) -> None:
+        if self._response is None:
+            return
+        self._response = None
+        if reusable and self._parser.should_keep_alive() and not self.transport.is_closing():
+            self.go_on()
+            self._pool.idle.append((self, self.loop.time()))
+        else:
+            self.transport.abort()  # ends the generation behind it at once
+
+    def go_on(self) -> None:
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+
+    # ---- the transport -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.set_write_buffer_limits(high=_WRITE_HIGH)
+
+    def data_received(self, data: bytes) -> None:
+        if self._response is None:
+            self.transport.abort()  # nothing was asked
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._response.fail(ValueError(f"what came is not HTTP: {error}"))
+            self.transport.abort()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        response = self._response
+        if response is None:
+            return
+        until_end = "content-length" not in response.fields and "transfer-encoding" not in response.fields
+        if response.has_head and until_end and error is None:
+            response.complete = True
+            response.wake()
+        else:
+            words = str(error) if error is not None and str(error) else "the upstream closed the connection"
+            response.fail(Broken(words, before_answer=not response.has_head))
+
+    # ---- llhttp's callbacks ------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._fields = {}
+        self._header_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise ValueError("the headers are too large")
+        self._fields[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        response = self._response
+        status = self._parser.get_status_code()
+        if response is None or status < 200:  # 100 Continue and the like come before the answer
+            return
+        response.status = status
+        response.fields = self._fields
+        response.has_head = True
+        response.wake()
+
+    def on_body(self, data: bytes) -> None:
+        if self._response is not None and self._response.add(data) and not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        response = self._response
+        if response is not None and response.has_head:
+            response.complete = True
+            response.wake()
