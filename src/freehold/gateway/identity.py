@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import time
+from collections import deque
 from pathlib import Path
 
 from freehold.errors import ConfigError
@@ -17,6 +18,11 @@ from freehold.errors import ConfigError
 KEY_FILE = "identity.key"
 _KEY_BYTES = 32
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32, as ULIDs have it
+_PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
+_SHIFTS = range(120, -1, -10)
+_DRAWN = 256  # random parts of ids at once: the kernel's answer costs more than an id
+_random_parts: deque[bytes] = deque()
+os.register_at_fork(after_in_child=_random_parts.clear)
 
 
 class Hasher:
@@ -62,5 +68,12 @@ def read_or_make_key(data_dir: Path) -> bytes:
 
 def new_id() -> str:
     """26 characters: 48 bits of milliseconds since the epoch and 80 random bits, a ULID. Sorts by time."""
-    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10))
-    return "".join([_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5)])
+    while True:
+        try:
+            part = _random_parts.pop()  # atomic: threads never get the same one
+            break
+        except IndexError:
+            drawn = os.urandom(10 * _DRAWN)
+            _random_parts.extend(drawn[at : at + 10] for at in range(0, len(drawn), 10))
+    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(part)
+    return "".join([_PAIRS[number >> shift & 1023] for shift in _SHIFTS])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import msgspec
 import pytest
 
 from freehold.errors import FreeholdError, InvalidRequest, NotFound
-from freehold.gateway.canary.canaries import Canaries
+from freehold.gateway.canary.canaries import AT_ONCE, Canaries
 from freehold.gateway.canary.record import Plan, Record
 from freehold.gateway.parts import Asked
 from freehold.ledger import Note
@@ -70,6 +71,21 @@ async def test_a_restart_goes_on_where_it_was() -> None:
     assert ledger.all_records == whole.all_records
     assert ledger.all_records[-1].state == "rolled_back"
     assert sum(record.kind == "start" for record in ledger.all_records) == 1
+
+
+async def test_calls_get_their_turn_while_many_rows_are_counted() -> None:
+    ledger = MemoryLedger()
+    canaries = gateway(ledger, Now())
+    await canaries.advance(NAME)
+    ledger.all_rows += traffic(4_000, 0.05, 0.0)
+    counting = asyncio.create_task(canaries.advance(NAME))
+    turns = 0
+    while not counting.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 4_000 / AT_ONCE
+    status = await canaries.status(NAME)
+    assert status["compared"] == sum(each.arm == "new" for each in ledger.all_rows)
 
 
 async def test_notes_come_after_their_rows_whatever_is_read_first() -> None:

@@ -219,7 +219,7 @@ async def test_of_two_records_with_one_number_one_is_written(open_store: OpenSto
 async def test_an_experiment_is_read_in_the_order_of_commits(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "PAGE", 4)
+    monkeypatch.setattr(store_module, "SMALL_PAGE", 4)
     stores = [open_store(), open_store()]
     for store in stores:
         await store.start()

@@ -28,6 +28,7 @@ T = TypeVar("T")
 Page = Sequence[tuple[int, T]]
 _log = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
+AT_ONCE = 16  # rows, between which calls get their turn
 
 
 class Ledger(Protocol):
@@ -115,8 +116,10 @@ class Canaries:
                 return
             notes = await _all(lambda after: self._ledger.notes(name, after), canary.notes)
             while rows := await self._ledger.rows(name, canary.rows):
-                for position, row in rows:
+                for count, (position, row) in enumerate(rows):
                     canary.add(row, position, self._clock())
+                    if count % AT_ONCE == 0:
+                        await asyncio.sleep(0)  # calls go on meanwhile
                 await self._write(running)
             for position, note in notes:
                 canary.add_note(note, position)

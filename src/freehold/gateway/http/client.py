@@ -1,8 +1,10 @@
 """An HTTP/1.1 client for one thing: posting a body to a fixed address and reading the answer as it comes, on llhttp
 (httptools), over plain TCP or TLS. See docs/decisions/0007.
 
-Connections are kept and used again, the latest first; one that has idled for `IDLE_SECONDS` is closed. Nothing is
-followed, retried or decompressed. Whoever reads slowly makes the upstream wait.
+Connections are kept and used again, the latest first; one that has idled for `IDLE_SECONDS` is closed. One that idled
+and is lost without a byte of an answer was closed by the upstream as the request went out: the request then goes out
+once more, on a new connection. Nothing else is tried again, and nothing followed or decompressed. Whoever reads slowly
+makes the upstream wait.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from freehold.gateway.http.outbound import Broken
 from freehold.gateway.policy import is_local_address
 
 IDLE_SECONDS: Final = 20.0  # shorter than servers keep theirs: a request on one that is just being closed is lost
+STALE_SECONDS: Final = 1.0  # of idling, after which the upstream may have closed it: no server's timeout is shorter
 MAX_HEADER_BYTES: Final = 65_536
 _PAUSE_BYTES: Final = 1 << 18
 _WRITE_HIGH: Final = 1 << 20
@@ -41,18 +44,17 @@ class Http11:
         pool = self._pools.get(url)
         if pool is None:
             pool = self._pools[url] = _Pool(url, self._tls)
-        connection = pool.take(self._loop.time()) or await self._connect(pool, connect_seconds)
-        response = Response(connection)
-        connection.begin(response)
-        connection.transport.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (pool.request_line, head, len(body), body))
-        try:
-            await response.headers_complete()
-        except BaseException:
-            response.close()
-            raise
+        message = b"%b%bcontent-length: %d\r\n\r\n%b" % (pool.request_line, head, len(body), body)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(IDLE_SECONDS / 2, self._sweep)
-        return response
+        kept, idled = pool.take(self._loop.time())
+        if kept is not None:
+            try:
+                return await kept.ask(message)
+            except Broken:
+                if idled < STALE_SECONDS or kept.heard:
+                    raise
+        return await (await self._connect(pool, connect_seconds)).ask(message)
 
     async def _connect(self, pool: _Pool, seconds: float) -> _Connection:
         try:
@@ -99,13 +101,14 @@ class _Pool:
         self.request_line = b"POST %b HTTP/1.1\r\nhost: %b\r\n" % (target, parts.netloc.encode("idna"))
         self.idle: list[tuple[_Connection, float]] = []
 
-    def take(self, now: float) -> _Connection | None:
+    def take(self, now: float) -> tuple[_Connection | None, float]:
+        """One that can be used, and for how many seconds nobody did."""
         while self.idle:
             connection, since = self.idle.pop()
             if not connection.transport.is_closing() and now - since < IDLE_SECONDS:
-                return connection
+                return connection, now - since
             connection.transport.abort()
-        return None
+        return None, 0.0
 
     def drop_idle(self, now: float) -> int:
         """Close those that have idled too long; how many are left."""
@@ -184,27 +187,49 @@ class Response:
 class _Connection(asyncio.Protocol):
     """A connection to an upstream, with at most one request on it."""
 
-    __slots__ = ("_fields", "_header_bytes", "_parser", "_paused", "_pool", "_response", "loop", "transport")
+    __slots__ = (
+        "_fields",
+        "_header_bytes",
+        "_keeps",
+        "_parser",
+        "_paused",
+        "_pool",
+        "_response",
+        "heard",
+        "loop",
+        "transport",
+    )
 
     def __init__(self, pool: _Pool, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.transport: Any = None
+        self.heard = False  # a byte came since the request
         self._pool = pool
         self._response: Response | None = None
         self._parser: Any = None
         self._paused = False
+        self._keeps = False  # the upstream takes another request on it
         self._fields: dict[str, str] = {}
         self._header_bytes = 0
 
-    def begin(self, response: Response) -> None:
-        self._response = response
+    async def ask(self, message: bytes) -> Response:
+        """Send a request; returns when the headers of the answer are there. Raises Broken, ValueError."""
+        response = self._response = Response(self)
+        self._keeps = self.heard = False
         self._parser = httptools.HttpResponseParser(self)
+        self.transport.write(message)
+        try:
+            await response.headers_complete()
+        except BaseException:
+            response.close()
+            raise
+        return response
 
     def end(self, *, reusable: bool) -> None:
         if self._response is None:
             return
         self._response = None
-        if reusable and self._parser.should_keep_alive() and not self.transport.is_closing():
+        if reusable and self._keeps and not self.transport.is_closing():
             self.go_on()
             self._pool.idle.append((self, self.loop.time()))
         else:
@@ -225,6 +250,7 @@ class _Connection(asyncio.Protocol):
         if self._response is None:
             self.transport.abort()  # nothing was asked
             return
+        self.heard = True
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -249,6 +275,9 @@ class _Connection(asyncio.Protocol):
     # ---- llhttp's callbacks ------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        if self._response is not None and self._response.complete:
+            self._keeps = False
+            raise ValueError("more came than one answer")
         self._fields = {}
         self._header_bytes = 0
 
@@ -276,5 +305,6 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         response = self._response
         if response is not None and response.has_head:
+            self._keeps = self._parser.should_keep_alive()  # to be asked here: llhttp forgets it with the message
             response.complete = True
             response.wake()

@@ -54,6 +54,7 @@ SECRET_BYTES = 32
 WATCH_SECONDS = 1.0  # so late at most another process sees a new or a revoked key
 STUCK_SECONDS = 5.0  # a batch that takes longer is trouble
 PAGE = 2000  # rows read at once
+SMALL_PAGE = 200  # while calls wait for the event loop
 PRUNED_AT_ONCE = 500
 PRUNE_EVERY_SECONDS = 3600.0
 _WATCHED = "SELECT name, number FROM counters WHERE name = 'keys'"
@@ -231,7 +232,7 @@ class Store(abc.ABC):
         """An experiment's next rows with a position above `after`, in the order in which they were committed."""
         rows = await self.fetch(
             f"SELECT position, {to.QUOTED} FROM calls WHERE experiment = $1 AND experiment <> '' AND position > $2 "
-            f"ORDER BY position LIMIT {PAGE}",
+            f"ORDER BY position LIMIT {SMALL_PAGE}",
             (experiment, after),
         )
         return [(values[0], _row(values[1:])) for values in rows]
