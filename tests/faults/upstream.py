@@ -36,6 +36,7 @@ from tests.faults.upstream_wire import Said, head
 
 # Valid HTTP, but the answer is none. The meter of a gateway has to see these.
 CONTENT_FAULTS = ("empty", "looping", "tool_json", "thinking_cut", "refusal")
+LOOPING_TOKENS = 256  # where the request sets no limit
 FAULTS = (
     "",  # none
     "status",  # answers with `status`, and `body` if given; "{authorization}" in it becomes the header received
@@ -281,6 +282,8 @@ class Connection(asyncio.Protocol):
         tokens = 0 if endpoint == "embeddings" else min(script.tokens, limit or script.tokens)
         if script.fault == "empty":
             tokens = 0
+        elif script.fault == "looping":  # it does not end by itself
+            tokens = limit or max(tokens, LOOPING_TOKENS)
         reasoning = tokens if script.fault == "thinking_cut" else min(script.reasoning, tokens)
         usage = bool((asked.get("stream_options") or {}).get("include_usage")) and script.usage
         said = Said(

@@ -46,7 +46,12 @@ class Said:
 
     @property
     def finish(self) -> str:
-        return {"thinking_cut": "length", "refusal": "content_filter", "tool_json": "tool_calls"}.get(self.kind, "stop")
+        return {
+            "thinking_cut": "length",
+            "looping": "length",
+            "refusal": "content_filter",
+            "tool_json": "tool_calls",
+        }.get(self.kind, "stop")
 
 
 REASONS = {200: "OK", 307: "Temporary Redirect", 404: "Not Found", 429: "Too Many Requests", 500: "Server Error"}
