@@ -46,8 +46,21 @@ class Gateway(Section):
     admin_key_env: str = Field("", description="Environment variable with the admin key; no key, no admin API.")
     admin_key_file: Path | None = Field(None, description="File with the admin key.")
     sample_prompts: Share = Field(0.0, description="Share of calls whose text is kept; 0: none.")
+    metrics: Literal["loopback", "admin"] = Field(
+        "loopback",
+        description=(
+            "Who may read /metrics: loopback, any program on this machine, and others with the admin key; admin, only "
+            "who has that key."
+        ),
+    )
     redact: str = Field("", description="`module:function` that is given each text before it is kept.")
 
+
+    @model_validator(mode="after")
+    def _metrics_have_a_key(self) -> Self:
+        if self.metrics == "admin" and not (self.admin_key_env or self.admin_key_file):
+            raise ValueError('metrics = "admin" needs admin_key_env or admin_key_file')
+        return self
 
 class Store(Section):
     """Where rows, keys, budgets and experiments are kept. Changes only with a restart."""

@@ -85,6 +85,10 @@ class Admission(Protocol):
         none if there was none."""
 
 
+    def count(self, caller: Caller) -> Sequence[Header]:
+        """Take one request, which is no call of a model, of the caller's rate. Returns `x-ratelimit-*`, for the answer.
+        Raises RateLimited."""
+
 class Store(Protocol):
     def append(self, row: Row) -> None:
         """Write a row, soon."""
