@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from freehold.gateway.config import Model, Settings, Upstream
+from freehold.gateway.config import MAX_OUTPUT_TOKENS, Model, Settings, Upstream
 from freehold.gateway.policy import Policy, is_local
 
 
@@ -45,6 +45,15 @@ def warnings(settings: Settings) -> list[str]:
             found.append(f"{where}: prompts and its key go out over http:// unencrypted")
         if upstream.metrics and upstream.engine == "api":
             found.append(f"{where}: metrics need an engine; those of an API are not known")
+    budgets = [key.budget_per_day for key in settings.keys.values()]
+    budgets += [team.budget_per_day for team in settings.teams.values()]
+    if any(budget is not None for budget in budgets):
+        found += [
+            f"models.{alias}: no max_output_tokens: where a budget must cover it, a call without a limit of its own "
+            f"reserves {MAX_OUTPUT_TOKENS:,} output tokens, and a model with less room refuses it"
+            for alias, model in settings.models.items()
+            if model.output_limit is None
+        ]
     policy = Policy(settings)
     found += [
         f"data class {data_class!r} may go nowhere: requests that name it are refused"

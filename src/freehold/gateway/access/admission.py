@@ -15,7 +15,7 @@ from freehold.errors import Overloaded, RateLimited, Unavailable
 from freehold.gateway.access.budget import Budgets, Limit, LocalBudgets, SharedBudgets, bound, spent_by, until_next_day
 from freehold.gateway.access.limits import Gcra, Meter, estimated_tokens, refusal_headers
 from freehold.gateway.call import Caller, Decision, Request
-from freehold.gateway.config import Settings
+from freehold.gateway.config import MAX_OUTPUT_TOKENS, Settings
 from freehold.gateway.identity import new_id
 from freehold.gateway.keeping.postgres import PostgresStore
 from freehold.gateway.keeping.records import Reservation, day_of
@@ -31,13 +31,13 @@ Headers: TypeAlias = tuple[Header, ...]
 
 LOG_SECONDS = 10.0  # between two lines about a ledger that cannot be written
 BUSY_SECONDS = 1.0  # when to ask again while all of a key's calls run
-DEFAULT_CAP = 32_768  # of an alias that the settings do not have any more
+COMPLETIONS_CAP = 16  # output tokens of /v1/completions without `max_tokens`: that API's own default
 
 
 class Ticket:
-    """What was taken for one call. headers: `x-ratelimit-*`, for its answer."""
+    """What was taken for one call. headers: `x-ratelimit-*`, for its answer. output_limit: see `parts.Ticket`."""
 
-    __slots__ = ("caller", "day", "headers", "meter", "reservation", "settled", "tokens")
+    __slots__ = ("caller", "day", "headers", "meter", "output_limit", "reservation", "settled", "tokens")
 
     def __init__(self, caller: Caller, day: int, meter: Meter | None, tokens: int) -> None:
         self.caller = caller
@@ -47,6 +47,7 @@ class Ticket:
         self.reservation: Reservation | None = None
         self.settled = False
         self.headers: Headers = ()
+        self.output_limit: int | None = None
 
 
 class Admission:
@@ -66,13 +67,20 @@ class Admission:
         self._trouble = trouble
         self._clock = clock
         self._meters: dict[str, Meter] = {}
-        self._caps: dict[str, int] = {}
+        self._caps: dict[str, int | None] = {}
         self._logged = -math.inf
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
         """Take the aliases' output limits. What keys have used is kept; their limits come with each caller."""
-        self._caps = {alias: model.max_output_tokens for alias, model in settings.models.items()}
+        self._caps = {alias: model.output_limit for alias, model in settings.models.items()}
+
+    def _cap(self, request: Request) -> int:
+        """Output tokens of a request that names no limit: the alias's, or a default that upstreams take."""
+        named = self._caps.get(request.alias)
+        if named is not None:
+            return named
+        return COMPLETIONS_CAP if request.endpoint == "completions" else MAX_OUTPUT_TOKENS
 
     async def admit(self, request: Request, decision: Decision) -> Ticket:
         """Take a place, its share of the rates, and the most that the call may cost; or nothing.
@@ -102,7 +110,7 @@ class Admission:
 
     async def _admit(self, request: Request, decision: Decision) -> Ticket:
         caller = request.caller
-        cap = self._caps.get(request.alias, DEFAULT_CAP)
+        cap = self._cap(request)
         ticket = self._take(request, caller, cap)
         if caller.budget_per_day is not None or (caller.team and caller.team_budget_per_day is not None):
             try:
@@ -111,6 +119,8 @@ class Admission:
                 ticket.settled = True
                 self._give_back(ticket, 0)
                 raise
+            if request.max_tokens is None and request.endpoint != "embeddings":
+                ticket.output_limit = cap
         return ticket
 
     def settle(self, ticket: AnyTicket, rows: Sequence[Row]) -> None:
