@@ -25,6 +25,7 @@ from tests.unit.gateway.ledger_rows import row
 
 WINDOW = 0.2  # seconds: what was appended before that is on disk, whatever happens
 TRIES = 6  # of a kill, where the machine keeps the victim from running
+TRYING_SECONDS = 20.0  # for each kill on average: where victims hardly start, more tries tell no more
 
 # Appends rows with a cost and a reservation each, some of which it settles, and says when it has appended which row.
 VICTIM = """
@@ -216,7 +217,10 @@ def kill_again_and_again(folder: Path, times: int, flush: float = FLUSH_SECONDS)
     rng = random.Random(7)
     rows, at = 0, time.time()
     lost: list[int] = []
+    until = time.monotonic() + times * TRYING_SECONDS
     for run in range(times * TRIES):
+        if time.monotonic() > until:
+            break
         owed, starved = killed_once(folder, run, at, rng, flush)
         rows_now, missing = asyncio.run(look_after_a_kill(folder, run, at, owed))
         assert rows_now >= rows + owed - missing
@@ -226,7 +230,7 @@ def kill_again_and_again(folder: Path, times: int, flush: float = FLUSH_SECONDS)
         if len(lost) == times:
             assert rows > 0
             return lost
-    pytest.skip(f"the machine kept the victim from running in {times * TRIES - len(lost)} of {times * TRIES} runs")
+    pytest.skip(f"the machine kept victims from running: {len(lost)} of {times} kills say something")
 
 
 def test_killed_at_any_moment_it_loses_no_more_than_its_window(tmp_path: Path) -> None:
