@@ -24,7 +24,9 @@ from _gateway import (
 )
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed")
-proto: Any = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+proto: Any = pytest.importorskip(
+    "opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="the extra `otel` is not installed"
+)
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SECRET = "the-words-of-a-client"
