@@ -60,12 +60,18 @@ def key_new(
         expires_at=None if expires_in_days is None else now + expires_in_days * DAY_SECONDS,
     )
 
-    async def add(store: Store, settings: Settings) -> None:
+    async def add(store: Store, settings: Settings) -> bool:
         await store.add_key(check_record(record, settings), actor())
+        return settings.store.kind == "postgres"
 
-    with_store(config, add)
+    shared = with_store(config, add)
     typer.echo(token)
     typer.echo(f"Key {name!r}: this is the only time it is shown; the gateway keeps its hash.", err=True)
+    if shared:
+        late = (
+            "Running gateways know it within a second. One that had no keys lets programs of its machine in till then."
+        )
+        typer.echo(late, err=True)
 
 
 def key_list(config: ConfigOption = CONFIG, as_json: JsonOption = False) -> None:

@@ -57,7 +57,7 @@ async def build_parts(settings: Settings, base_url: str) -> Parts:
             **experiments.routes(),
             **admin_routes(router.fleet, savings),
         },
-        configured=(kept.keys, experiments, router, kept.admission, judge, kept.texts, kept.log),
+        configured=(kept.keys, experiments, router, kept.admission, judge, kept.texts, kept.log, savings),
         background=(router.run, experiments.run, judge.run),
         identity=kept.identity,
     )

@@ -23,6 +23,7 @@ Speaks = Literal["chat", "completions", "responses", "messages", "embeddings"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Dollars = Annotated[float, Field(ge=0)]
+MAX_OUTPUT_TOKENS = 32_768  # of an alias that names no limit: a long chain of reasoning and its answer
 
 
 class Section(BaseModel):
@@ -45,8 +46,21 @@ class Gateway(Section):
     )
     admin_key_env: str = Field("", description="Environment variable with the admin key; no key, no admin API.")
     admin_key_file: Path | None = Field(None, description="File with the admin key.")
+    metrics: Literal["loopback", "admin"] = Field(
+        "loopback",
+        description=(
+            "Who may read /metrics: loopback, any program on this machine, and others with the admin key; admin, only "
+            "who has that key."
+        ),
+    )
     sample_prompts: Share = Field(0.0, description="Share of calls whose text is kept; 0: none.")
     redact: str = Field("", description="`module:function` that is given each text before it is kept.")
+
+    @model_validator(mode="after")
+    def _metrics_have_a_key(self) -> Self:
+        if self.metrics == "admin" and not (self.admin_key_env or self.admin_key_file):
+            raise ValueError('metrics = "admin" needs admin_key_env or admin_key_file')
+        return self
 
 
 class Store(Section):
@@ -174,9 +188,19 @@ class Model(Section):
     arms: tuple[Arm, ...] = Field(min_length=1, description="At least one.")
     fallback: tuple[Name, ...] = Field((), description="Aliases tried when all arms fail before the first byte.")
     max_output_tokens: int = Field(
-        32_768, gt=0, description="Limit of a request that sets none, if given here; and what such a one may cost."
+        MAX_OUTPUT_TOKENS,
+        gt=0,
+        description=(
+            "Limit that upstreams are told for a request that sets none. Not given: they are told so only where a "
+            "budget must cover the call; of /v1/completions then 16, that API's own default."
+        ),
     )
     note: str = Field("", description="Shown by `freehold gateway check`.")
+
+    @property
+    def output_limit(self) -> int | None:
+        """`max_output_tokens` if the settings give it, also where they give the default."""
+        return self.max_output_tokens if "max_output_tokens" in self.model_fields_set else None
 
 
 class When(Section):

@@ -3,9 +3,9 @@ Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from freehold.gateway.config import Model, Settings, Upstream
+from freehold.gateway.config import MAX_OUTPUT_TOKENS, Model, Settings, Upstream
 from freehold.gateway.policy import Policy, is_local
 
 
@@ -45,6 +45,15 @@ def warnings(settings: Settings) -> list[str]:
             found.append(f"{where}: prompts and its key go out over http:// unencrypted")
         if upstream.metrics and upstream.engine == "api":
             found.append(f"{where}: metrics need an engine; those of an API are not known")
+    budgets = [key.budget_per_day for key in settings.keys.values()]
+    budgets += [team.budget_per_day for team in settings.teams.values()]
+    if any(budget is not None for budget in budgets):
+        found += [
+            f"models.{alias}: no max_output_tokens: where a budget must cover it, a call without a limit of its own "
+            f"reserves {MAX_OUTPUT_TOKENS:,} output tokens, and a model with less room refuses it"
+            for alias, model in settings.models.items()
+            if model.output_limit is None
+        ]
     policy = Policy(settings)
     found += [
         f"data class {data_class!r} may go nowhere: requests that name it are refused"
@@ -75,16 +84,40 @@ def _upstream(name: str, upstream: Upstream) -> Iterator[str]:
 
 
 def _alias(settings: Settings, alias: str, model: Model) -> Iterator[str]:
-    total = sum(arm.weight for arm in model.arms)
-    arms = ", ".join(f"{arm.name} {arm.weight / total:.0%} ({arm.upstream}: {arm.model})" for arm in model.arms)
+    shares = _shares(settings, alias, model)
+    arms = ", ".join(f"{arm.name} {shares[arm.name]} ({arm.upstream}: {arm.model})" for arm in model.arms)
     fallback = f"; then {', '.join(model.fallback)}" if model.fallback else ""
     yield f"model {alias}: {arms}{fallback}"
     if model.note:
         yield f"  note: {model.note}"
     for name, each in settings.experiments.items():
         if each.alias == alias:
-            steps = " → ".join(f"{step:.0%}" for step in each.steps)
-            yield f"  experiment {name}: {each.canary} against {each.control}, {steps}, sticky by {each.sticky}"
+            steps = _ramp(each.steps)
+            first = f"A/A for {each.aa_units:,} units, " if each.aa_units else ""
+            yield f"  experiment {name}: {each.canary} against {each.control}, {first}{steps}, sticky by {each.sticky}"
+
+
+def _shares(settings: Settings, alias: str, model: Model) -> dict[str, str]:
+    """What share of the alias's units each arm has: by its weight, and of an experiment's two arms, which pool theirs,
+    by the steps of the ramp."""
+    total = sum(arm.weight for arm in model.arms)
+    weights = {arm.name: arm.weight / total for arm in model.arms}
+    shares = {name: _percent(weight) for name, weight in weights.items()}
+    for each in settings.experiments.values():
+        if each.alias == alias:
+            pool = weights[each.control] + weights[each.canary]
+            shares[each.control] = _ramp([pool * (1 - step) for step in each.steps])
+            shares[each.canary] = _ramp([pool * step for step in each.steps])
+    return shares
+
+
+def _ramp(shares: Sequence[float]) -> str:
+    return " → ".join(_percent(share) for share in shares)
+
+
+def _percent(share: float) -> str:
+    """Whole percents, and as many digits as a small share needs: 1e-05 is not 0%."""
+    return f"{round(100 * share, 9):.4g}%"
 
 
 def _classes(settings: Settings) -> Iterator[str]:

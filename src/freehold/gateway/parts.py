@@ -73,12 +73,21 @@ class Ticket(Protocol):
     def headers(self) -> Sequence[Header]:
         """`x-ratelimit-*`, for the answer."""
 
+    @property
+    def output_limit(self) -> int | None:
+        """Output tokens of each choice that were paid for in advance, of a request that names no limit: upstreams must
+        be told so. None: the request names one, or no budget guards it."""
+
 
 class Admission(Protocol):
     """Rate limits, concurrency and budgets."""
 
     async def admit(self, request: Request, decision: Decision) -> Ticket:
         """Take what the call may cost at most. Raises RateLimited, or BudgetExhausted."""
+
+    def count(self, caller: Caller) -> Sequence[Header]:
+        """Take one request, which is no call of a model, of the caller's rate. Returns `x-ratelimit-*`, for the answer.
+        Raises RateLimited."""
 
     def settle(self, ticket: Ticket, rows: Sequence[Row]) -> None:
         """Give back what was not used. Called once for each ticket, also when a call was aborted; rows: one an attempt,

@@ -116,8 +116,33 @@ def test_what_a_crash_left_stays_reserved() -> None:
     with pytest.raises(BudgetExhausted):
         asyncio.run(budgets.reserve(reservation(40), [Limit(KEY, 100)]))
     asyncio.run(budgets.reserve(reservation(30), [Limit(KEY, 100)]))
-    budgets.drop_before(DAY + 1)
-    assert budgets.usage(KEY, DAY) == Usage(KEY, 0, 0)
+
+
+async def test_old_days_are_forgotten_when_a_new_one_begins() -> None:
+    """But for yesterday's, whose calls may still run; a call that ran for longer is settled all the same."""
+    budgets, journal = LocalBudgets(kept := Journal()), kept
+
+    def on(day: int, amount: int = 30) -> Reservation:
+        return Reservation(new_id(), (KEY,), day, amount, NOON)
+
+    longest = on(DAY)
+    await budgets.reserve(longest, [Limit(KEY, 100)])
+    for day in range(DAY, DAY + 30):
+        each = on(day)
+        await budgets.reserve(each, [Limit(KEY, 100)])
+        budgets.settle(each, [KEY, TEAM], day, 20, keep=False)
+        assert budgets.usage(KEY, day).spent == 20
+    assert budgets.usage(KEY, DAY + 28) == Usage(KEY, 20, 0)
+    assert budgets.usage(KEY, DAY + 27) == budgets.usage(KEY, DAY) == Usage(KEY, 0, 0)
+    assert len(budgets._spent) == 4
+    assert len(budgets._reserved) == 2
+    budgets.settle(longest, [KEY, TEAM], DAY, 20, keep=False)
+    assert not journal.open
+    assert len(budgets._spent) == 4
+    assert len(budgets._reserved) == 2
+    # A key without a budget reserves nothing, and is counted all the same: its days turn too.
+    budgets.settle(None, [TEAM], DAY + 31, 5, keep=False)
+    assert {day for _, day in (*budgets._spent, *budgets._reserved)} == {DAY + 31}
 
 
 def at_once(answer: Coroutine[None, None, None]) -> None:

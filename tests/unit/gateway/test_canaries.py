@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import pytest
 
-from freehold.errors import FreeholdError, InvalidRequest, NotFound
+from freehold.errors import FreeholdError, InvalidRequest, NotFound, Unavailable
+from freehold.gateway.canary import canaries as canaries_module
 from freehold.gateway.canary.canaries import AT_ONCE, Canaries
+from freehold.gateway.canary.machine import Canary
 from freehold.gateway.canary.record import Plan, Record
 from freehold.gateway.parts import Asked
 from freehold.ledger import Note
-from tests.canarying import NAME, MemoryLedger, experiment, row, settings, traffic
+from tests.canarying import NAME, LedgerOf, MemoryLedger, experiment, row, settings, traffic
 
 EACH = experiment("error")
 
@@ -86,6 +89,95 @@ async def test_calls_get_their_turn_while_many_rows_are_counted() -> None:
     assert turns >= 4_000 / AT_ONCE
     status = await canaries.status(NAME)
     assert status["compared"] == sum(each.arm == "new" for each in ledger.all_rows)
+
+
+async def test_a_look_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails, at whichever look: the decision is the one that would have been, and can be replayed."""
+    rows = list(traffic(20_000, 0.05, 0.0, fails=(0.01, 0.025)))
+    feedback = [Note(row_id=each.row_id, at=0.0, name="feedback", value=0.5) for each in rows[:9000]]
+    each = experiment("error", "feedback")
+
+    async def run(fault: Callable[[MemoryLedger], None]) -> tuple[list[Record], dict[str, Any], list[str]]:
+        ledger, faults = MemoryLedger(page=700), list[str]()
+        fault(ledger)
+        canaries = Canaries(ledger.of("a"), settings(each), clock=Now())
+        await canaries.advance(NAME)
+        ledger.all_rows, ledger.all_notes = rows, feedback
+        for _ in range(6):
+            try:
+                await canaries.advance(NAME)
+            except Exception as error:
+                faults.append(str(error))
+        monkeypatch.undo()
+        return ledger.all_records, await canaries.replayed(NAME), faults
+
+    def of_the_look(*numbers: int) -> Callable[[MemoryLedger], None]:
+        def prepare(ledger: MemoryLedger) -> None:
+            look, count = Canary.look, iter(range(1000))
+
+            def fails(self: Canary, at: float) -> None:
+                if next(count) in numbers:
+                    raise ArithmeticError("fault")
+                look(self, at)
+
+            monkeypatch.setattr(Canary, "look", fails)
+
+        return prepare
+
+    def of_the_store(error: Exception, *numbers: int, after: bool = False) -> Callable[[MemoryLedger], None]:
+        def prepare(ledger: MemoryLedger) -> None:
+            add, count = LedgerOf.add, iter(range(1000))
+
+            async def fails(self: LedgerOf, record: Record) -> None:
+                failing = next(count) in numbers
+                if after or not failing:
+                    await add(self, record)
+                if failing:
+                    raise error
+
+            monkeypatch.setattr(LedgerOf, "add", fails)
+
+        return prepare
+
+    straight, again, faults = await run(lambda ledger: None)
+    assert (again["same"], faults, straight[-1].state) == (True, [], "rolled_back")
+    for fault in (
+        of_the_look(0),
+        of_the_look(4, 5, 9),
+        of_the_look(len(straight) - 2),
+        of_the_store(OSError("fault"), 2, 3),
+        of_the_store(Unavailable("fault"), 2, 3),
+        of_the_store(OSError("fault"), 4, after=True),
+    ):
+        records, again, faults = await run(fault)
+        assert faults
+        assert again["same"], again
+        looks = [[(each.kind, each.rows, each.requests, each.state) for each in found] for found in (records, straight)]
+        assert looks[0] == looks[1]
+
+
+async def test_an_experiment_that_fails_rests_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(canaries_module, "EVERY_SECONDS", 0.001)
+    canaries, tries = gateway(MemoryLedger(), Now()), list[str]()
+
+    async def advance(name: str) -> None:
+        tries.append(name)
+        raise ArithmeticError("fault")
+
+    monkeypatch.setattr(canaries, "advance", advance)
+    for rest in (0.0, 60.0):
+        monkeypatch.setattr(canaries_module, "REST_SECONDS", rest)
+        tries.clear()
+        running = asyncio.create_task(canaries.run())
+        while len(tries) < 3 and (not rest or not tries):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert len(tries) >= 3 if not rest else len(tries) == 1
+    assert "stands still" in caplog.text
 
 
 async def test_notes_come_after_their_rows_whatever_is_read_first() -> None:

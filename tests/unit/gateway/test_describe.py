@@ -16,13 +16,39 @@ def test_everything_that_an_auditor_asks_is_said() -> None:
         "  note: Keeps prompts for 30 days.",
         "  model big: licence not given; USD/Mtok input 3, output 15",
         "model assistant: only 100% (house: glm-5.2); then api, cheap",
-        "model split: now 50% (house: glm-5.2), next 50% (house: glm-5.2-int4); then cheap",
+        "model split: now 95% → 75% → 50% → 0% (house: glm-5.2), next 5% → 25% → 50% → 100% (house: glm-5.2-int4);",
         "  experiment int4: next against now, 5% → 25% → 50% → 100%, sticky by conversation",
         "data class personal: may go to house, small; models assistant, cheap, split",
         "data class secret: may go to house; models assistant, split",
         "air-gapped: only private and loopback addresses are called",
     ):
         assert line in text
+
+
+def test_arms_have_the_share_that_the_experiment_gives_them_of_what_their_weights_have_together() -> None:
+    more = EXPERIMENT.replace(
+        'model = "glm-5.2-int4" },', 'model = "glm-5.2-int4", weight = 0 },\n  '
+        '{ name = "rest", upstream = "small", model = "tiny", weight = 3 },'
+    ) + "steps = [0.001, 0.5]\naa_units = 2000\n"  # fmt: skip
+    text = "\n".join(describe(settings(more)))
+    assert "now 24.98% → 12.5% (house: glm-5.2), next 0.025% → 12.5% (house: glm-5.2-int4), rest 75% (small" in text
+    assert "next against now, A/A for 2,000 units, 0.1% → 50%, sticky by conversation" in text
+    without = more.partition("[experiments")[0]
+    assert "now 25% (house: glm-5.2), next 0% (house: glm-5.2-int4), rest 75%" in "\n".join(describe(settings(without)))
+
+
+def test_a_budget_needs_limits_that_models_can_take() -> None:
+    def warned(more: str) -> list[str]:
+        return [each for each in warnings(settings(more)) if "max_output_tokens" in each]
+
+    assert warned("") == []
+    assert len(warned("[teams.t]\nbudget_per_day = 1.0\n")) == 3
+    key = f'[keys.k]\nsha256 = "{"0" * 64}"\nbudget_per_day = 1.0\n'
+    (first, *_) = warned(key)
+    assert "models.assistant" in first
+    assert "32,768" in first
+    limited = TOML.replace("[models.api]", "[models.api]\nmax_output_tokens = 32768")
+    assert [each for each in warnings(settings(key, limited)) if "models.api:" in each] == []
 
 
 def test_oversights_are_warned_of() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from freehold.gateway.prices import cost, price_of
-from freehold.gateway.routing.savings import MIN_ROWS, lines, savings
+from freehold.gateway.routing.savings import MIN_ROWS, Savings, lines, savings
 from freehold.ledger import Row
-from tests.routing import settings
+from tests.live_gateway import LiveGateway
+from tests.routing import TOML, settings
 
 RULES = """
 [[routes]]
@@ -89,6 +91,49 @@ def test_what_says_nothing_about_cost_is_left_out() -> None:
 def test_a_call_may_count_for_the_rule_that_was_and_the_one_that_would_be() -> None:
     found = savings(SETTINGS, [row("house", "glm-5.2", route="moved", would="cheap", effort="low")])
     assert [(each.route, each.price) for each in found] == [("cheap", 700 - 60), ("moved", 4500 - 700)]
+
+
+def test_new_settings_keep_what_still_says_the_same() -> None:
+    added = Savings(SETTINGS)
+    for _ in range(10):
+        added(row("cloud", "big", would="cheap"))
+        added(row("house", "glm-5.2", route="moved", effort="low"))
+    before = {each.route: each for each in added.report()}
+    assert set(before) == {"cheap", "moved"}
+    added.configure(settings(RULES.replace('name = "think-less"', 'name = "new"')))
+    assert {each.route: each for each in added.report()} == before
+    added(row("cloud", "big", would="new"))  # a rule that the first settings did not have
+    assert {each.route for each in added.report()} == {"cheap", "new", "moved"}
+    # Other prices at the place that a rule is compared with: what was added up there is worth nothing now.
+    added.configure(settings(RULES, TOML.replace("input = 0.05", "input = 0.06")))
+    assert {each.route for each in added.report()} == {"moved"}
+    added.configure(settings(RULES.replace('name = "moved"', 'name = "moved"\nmode = "shadow"')))
+    assert added.report() == []
+    added(row("cloud", "big", would="cheap"))
+    (found,) = added.report()
+    assert (found.calls, found.price) == (1, 4500 - 60)
+
+
+def test_rules_and_aliases_that_are_gone_are_forgotten() -> None:
+    added = Savings(SETTINGS)
+    added(row("cloud", "big", would="cheap"))
+    added(row("house", "glm-5.2", route="moved", effort="low"))
+    added.configure(settings(RULES.partition('[[routes]]\nname = "think')[0]))
+    assert [each.route for each in added.report()] == ["cheap"]
+    added.configure(settings())
+    assert added.report() == []
+    assert not added._sums
+
+
+def test_a_reload_reaches_savings(gateway: Callable[..., LiveGateway]) -> None:
+    live = gateway(TOML + RULES)
+    assert live.parts is not None
+    (savings,) = [each for each in live.parts.configured if isinstance(each, Savings)]
+    live.call(lambda: savings(row("house", "glm-5.2", alias="assistant", would="added")))
+    live.write(TOML + RULES.replace('name = "think-less"', 'name = "added"'))
+    live.reload()
+    live.call(lambda: savings(row("house", "glm-5.2", alias="assistant", would="added")))
+    assert [(each.route, each.calls) for each in live.call(savings.report)] == [("added", 1)]
 
 
 def test_the_report_in_words() -> None:

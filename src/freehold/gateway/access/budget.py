@@ -5,7 +5,8 @@ budget. So calls that come at once, long streams and aborted ones cannot overspe
 costs more than its bound, and by that difference.
 
     bound      input: no token is shorter than a byte of the body; output: `max_tokens`, or the alias's
-               `max_output_tokens`; times the choices, at the dearest of the targets that may answer
+               `max_output_tokens`, which the upstream is then told; times the choices, at the dearest of the targets
+               that may answer
     spent      what the rows say: the sum of `cost`, by the day of the request; mirrored calls are not the key's
     unknown    an answered call whose tokens nobody could count stays reserved in full until the day ends
     kill -9    what running calls had reserved stays reserved for its day: they may have cost that much. The store has
@@ -92,6 +93,7 @@ class LocalBudgets:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self._today = 0  # the newest day that a call was of
         self._spent: dict[tuple[str, int], int] = {}
         self._reserved: dict[tuple[str, int], int] = {}
 
@@ -107,6 +109,7 @@ class LocalBudgets:
     async def reserve(self, reservation: Reservation, limits: Sequence[Limit]) -> None:
         """See `Budgets.reserve`. Nothing is awaited: no other call comes between looking and taking."""
         day = reservation.day
+        self._turn_to(day)
         for limit in limits:
             spent = self._spent.get((limit.scope, day), 0)
             reserved = self._reserved.get((limit.scope, day), 0)
@@ -118,18 +121,24 @@ class LocalBudgets:
 
     def settle(self, reservation: Reservation | None, charged: Sequence[str], day: int, spent: int, keep: bool) -> None:
         """See `Budgets.settle`."""
-        if spent:
+        self._turn_to(day)
+        if spent and day >= self._today - 1:
             for scope in charged:
                 self._spent[scope, day] = self._spent.get((scope, day), 0) + spent
         if reservation is not None and not keep:
             for scope in reservation.scopes:
-                self._reserved[scope, day] -= reservation.amount
+                if (scope, day) in self._reserved:
+                    self._reserved[scope, day] -= reservation.amount
             self._journal.release(reservation.id)
 
-    def drop_before(self, day: int) -> None:
-        """Forget the days before."""
+    def _turn_to(self, day: int) -> None:
+        """Forget the days before yesterday with the first call of a new one; yesterday's calls may still run. Those of
+        older ones hold nothing any more, as in the store, which has what they cost."""
+        if day <= self._today:
+            return
+        self._today = day
         for table in (self._spent, self._reserved):
-            for old in [key for key in table if key[1] < day]:
+            for old in [key for key in table if key[1] < day - 1]:
                 del table[old]
 
 

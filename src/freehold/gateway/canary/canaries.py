@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -29,6 +30,7 @@ Page = Sequence[tuple[int, T]]
 _log = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
 AT_ONCE = 16  # rows, between which calls get their turn
+REST_SECONDS = 10.0  # after a fault of our own: finding the place again reads all of the experiment's rows
 
 
 class Ledger(Protocol):
@@ -76,6 +78,7 @@ class Canaries:
     ) -> None:
         self._ledger, self._clock, self._on_change = ledger, clock, on_change
         self._running: dict[str, _Running] = {}
+        self._resting: dict[str, float] = {}
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -99,12 +102,15 @@ class Canaries:
         """Keep all experiments going, until cancelled."""
         while True:
             for name in list(self._running):
+                if self._resting.get(name, -math.inf) > time.monotonic():
+                    continue
                 try:
                     await self.advance(name)
                 except FreeholdError as error:
                     _log.warning("experiment %s: %s", name, error)
                 except Exception:
-                    _log.exception("experiment %s stands still", name)
+                    _log.exception("experiment %s stands still; again in %g s", name, REST_SECONDS)
+                    self._resting[name] = time.monotonic() + REST_SECONDS
             await asyncio.sleep(EVERY_SECONDS)
 
     async def advance(self, name: str) -> None:
@@ -116,13 +122,21 @@ class Canaries:
                 return
             notes = await _all(lambda after: self._ledger.notes(name, after), canary.notes)
             while rows := await self._ledger.rows(name, canary.rows):
-                for count, (position, row) in enumerate(rows):
-                    canary.add(row, position, self._clock())
-                    if count % AT_ONCE == 0:
-                        await asyncio.sleep(0)  # calls go on meanwhile
+                try:
+                    for count, (position, row) in enumerate(rows):
+                        canary.add(row, position, self._clock())
+                        if count % AT_ONCE == 0:
+                            await asyncio.sleep(0)  # calls go on meanwhile
+                except Exception:
+                    await self._doubt(running)
+                    raise
                 await self._write(running)
-            for position, note in notes:
-                canary.add_note(note, position)
+            try:
+                for position, note in notes:
+                    canary.add_note(note, position)
+            except Exception:
+                await self._doubt(running)
+                raise
 
     async def command(self, name: str, command: str, by: str) -> Record:
         """Have an operator's command obeyed. Raises NotFound, InvalidRequest."""
@@ -209,6 +223,7 @@ class Canaries:
         """The machine, if this gateway leads; otherwise follow the records."""
         if not await self._ledger.leads(name):
             running.canary = None
+            running.unwritten.clear()
             records = await self._ledger.records(name)
             running.last = records[-1] if records else None
             return None
@@ -246,6 +261,15 @@ class Canaries:
         rows = _paged(lambda after: self._ledger.rows(start.experiment, after), start.rows)
         notes = _paged(lambda after: self._ledger.notes(start.experiment, after), start.notes)
         return await replay(records, rows, notes)
+
+    async def _doubt(self, running: _Running) -> None:
+        """After a fault in the middle of counting: what came out before it stands, and what was counted since the last
+        written record is counted again, by a machine that stands where the records end."""
+        try:
+            await self._write(running)
+        finally:
+            running.canary = None
+            running.unwritten.clear()
 
     async def _write(self, running: _Running) -> None:
         while running.unwritten:

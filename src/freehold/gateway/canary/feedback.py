@@ -3,7 +3,7 @@
     {"row_id": "01J...", "value": 0.0 to 1.0, "name": "feedback"}
 
 `row_id` is in the answer's header `x-freehold-row`; `name` is "feedback" if it is left out, and a guardrail of that
-name compares the arms by it.
+name compares the arms by it. Each counts as one request of its key's rate.
 """
 
 from __future__ import annotations

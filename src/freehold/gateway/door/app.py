@@ -131,7 +131,15 @@ class Door:
                 raise PermissionDenied(f"this key may not use {request.alias!r}", param="model")
             decision = self._parts.router.decide(request)
             ticket = await self._parts.admission.admit(request, decision)
-            call = Call(request, decision, self._settings, self._parts, self._upstreams, send)
+            call = Call(
+                request,
+                decision,
+                self._settings,
+                self._parts,
+                self._upstreams,
+                send,
+                output_limit=ticket.output_limit,
+            )
             self.calls.add(call)
             try:
                 await call.run(receive, (*own, *ticket.headers))
@@ -141,13 +149,15 @@ class Door:
                     self._idle.set()
                 self._parts.admission.settle(ticket, call.rows)
             if decision.shadow is not None and call.answered is not None:
-                self._mirror(request, decision, decision.shadow, call)
+                self._mirror(request, decision, decision.shadow, call, ticket.output_limit)
         except ClientLeft:
             pass
         except Exception as error:
             await self._refuse(send, error, endpoint, request_id, own)
 
-    def _mirror(self, request: Request, decision: Decision, shadow: Target, real: Call) -> None:
+    def _mirror(
+        self, request: Request, decision: Decision, shadow: Target, real: Call, output_limit: int | None
+    ) -> None:
         """Ask the shadow what the client asked, and throw its answer away. Too many at once: not this one."""
         if self.draining or len(self._mirrors) >= MAX_MIRRORS or real.answered is None:
             return
@@ -159,6 +169,7 @@ class Door:
             self._parts,
             self._upstreams,
             _discard,
+            output_limit=output_limit,
             shadow_of=real.answered.row_id,
             samplers=real.samplers,
         )
@@ -201,6 +212,8 @@ class Door:
             headers, token = read_headers(scope)
             handler, names = self._routes.find(method, path, admin=self._admin is not None)
             caller = self._allowed(scope, headers, token, path)
+            if path == "/v1/feedback" and caller is not None:
+                own = (*own, *self._parts.admission.count(caller))
             body = await read_body(headers, receive, self._settings.gateway.max_body_bytes) if method != "GET" else b""
             query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
             answer = await handler(Asked(method, path, query, headers, body, caller, names))
@@ -223,8 +236,8 @@ class Door:
                 self._caller(headers, token, "feedback") if path == "/v1/feedback" else self._any_caller(headers, token)
             )
         client = scope.get("client")
-        if client is None or not is_loopback(client[0]):
-            self._check_admin(token)
+        if client is None or not is_loopback(client[0]) or self._settings.gateway.metrics == "admin":
+            self._check_admin(token)  # /metrics
         return None
 
     def _any_caller(self, headers: Mapping[str, str], token: str) -> Caller:

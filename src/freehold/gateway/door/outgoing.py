@@ -1,7 +1,7 @@
 """What is sent to an upstream: the client's own body with the few fields changed that must be.
 
-The model gets the name it has there. A stream always reports its usage. The alias's limit stands in for one the client
-did not give, if the settings name one. An arm or a route may replace the effort.
+The model gets the name it has there. A stream always reports its usage. A limit of output tokens stands in for one the
+client did not give, if the alias names one or a budget has reserved no more. An arm or a route may replace the effort.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ _OURS: Final = frozenset((401, 402, 403, 407))  # between gateway and upstream: 
 class Call:
     """One request on its way. Made for each; `run` it once.
 
-    shadow_of: the row of the real call, of which this is a copy. samplers: those that wanted the real call.
+    output_limit: that of the call's ticket. shadow_of: the row of the real call, of which this is a copy. samplers:
+    those that wanted the real call.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Call:
         upstreams: Upstreams,
         send: Send,
         *,
+        output_limit: int | None = None,
         shadow_of: str = "",
         samplers: tuple[Sampler, ...] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Call:
         self._gone = False
         self._stopping = False
         self._number = 0
+        self._output_limit = output_limit
         self._shadow_of = shadow_of
         if samplers is None:
             samplers = tuple(each for each in parts.samplers if each.wants(request, decision))
@@ -106,7 +109,7 @@ class Call:
                 failed = failed or _does_not_speak(self._request, target)
                 continue
             try:
-                body = wire.body(self._request, target, self._limit(), upstream.engine)
+                body = wire.body(self._request, target, self._limit(wire), upstream.engine)
             except InvalidRequest as error:
                 failed = failed or Failed(error, "refused_here")
                 continue
@@ -158,12 +161,13 @@ class Call:
             avoid |= {replica.url}
         return failed
 
-    def _limit(self) -> int | None:
-        """The alias's limit of output tokens, if the settings name one."""
+    def _limit(self, wire: Wire) -> int | None:
+        """Output tokens that an upstream is told, of a request that names no limit: the alias's, or one that its API
+        wants, and never more than was reserved. None: as many as it likes."""
         model = self._settings.models.get(self._request.alias)
-        if model is None or "max_output_tokens" not in model.model_fields_set:
-            return None
-        return model.max_output_tokens
+        named = model.output_limit if model is not None else None
+        limits = (wire.default_limit if named is None else named, self._output_limit)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     async def _refuse(self, failed: Failed, headers: tuple[Header, ...]) -> None:
         if failed.body is None:

@@ -37,6 +37,10 @@ class Wire(Protocol):
     @property
     def path(self) -> str: ...
 
+    @property
+    def default_limit(self) -> int | None:
+        """Output tokens of a request for which nobody names a limit, where the upstream's API wants one."""
+
     def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
         """Raises InvalidRequest: it cannot be said in the upstream's API."""
 
@@ -52,6 +56,8 @@ class Wire(Protocol):
 
 class Same:
     """The upstream speaks the client's API: bytes go through."""
+
+    default_limit: int | None = None
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -75,6 +81,7 @@ class ChatOverMessages:
 
     endpoint: Endpoint = "messages"
     path = PATHS["messages"]
+    default_limit: int | None = DEFAULT_LIMIT
 
     def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
         effort = target.effort
@@ -95,6 +102,7 @@ class MessagesOverChat:
 
     endpoint: Endpoint = "chat"
     path = PATHS["chat"]
+    default_limit: int | None = None
 
     def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
         return encode(request_to_chat(decode(request.body), target.model_id, limit, target.effort, engine))

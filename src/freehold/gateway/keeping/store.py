@@ -57,6 +57,7 @@ PAGE = 2000  # rows read at once
 SMALL_PAGE = 200  # while calls wait for the event loop
 PRUNED_AT_ONCE = 500
 PRUNE_EVERY_SECONDS = 3600.0
+KEYS = "SELECT record, revoked_at FROM keys ORDER BY key_id"
 _WATCHED = "SELECT name, number FROM counters WHERE name = 'keys'"
 _GATHERING = 0.25  # of the promised time rows gather; the rest is for the write before theirs, and their own
 _BOOLEANS = tuple(to.COLUMNS.index(name) for name in ("streamed", "warm_up"))
@@ -181,12 +182,12 @@ class Store(abc.ABC):
 
     async def keys(self) -> list[KeyRecord]:
         """All keys made by command, revoked ones too, oldest first."""
-        found = await self.fetch("SELECT record, revoked_at FROM keys ORDER BY key_id")
-        records = [
-            msgspec.structs.replace(msgspec.json.decode(text, type=KeyRecord), revoked_at=revoked)
-            for text, revoked in found
-        ]
-        return sorted(records, key=lambda record: record.created_at)
+        return key_records(await self.fetch(KEYS))
+
+    def keys_now(self) -> list[KeyRecord]:
+        """The same at once, for the middle of a request: in microseconds, without waiting for anything. None where that
+        cannot be: then watchers hear of them within `WATCH_SECONDS`."""
+        return []
 
     async def add_key(self, record: KeyRecord, actor: str) -> None:
         """Raises InvalidRequest if the name was ever used."""
@@ -356,6 +357,15 @@ class Store(abc.ABC):
         if self._retention_days is not None:
             await self.prune(time.time() - self._retention_days * DAY_SECONDS)
         return PRUNE_EVERY_SECONDS
+
+
+def key_records(found: Sequence[tuple[Any, ...]]) -> list[KeyRecord]:
+    """Of the rows of `KEYS`, the oldest first."""
+    records = [
+        msgspec.structs.replace(msgspec.json.decode(text, type=KeyRecord), revoked_at=revoked)
+        for text, revoked in found
+    ]
+    return sorted(records, key=lambda record: record.created_at)
 
 
 async def _again_and_again(chore: Callable[[], Awaitable[float]]) -> None:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from freehold.gateway.call import Price
+from freehold.gateway.call import Effort, Price
 from freehold.gateway.config import Arm, Route, Settings
 from freehold.gateway.prices import cost, price_of
 from freehold.ledger import Row
@@ -72,6 +72,19 @@ class Savings:
         self._rules = {route.name: route for route in settings.routes}
         self._outputs: defaultdict[tuple[str, str], _Output] = defaultdict(_Output)
         self._sums: defaultdict[tuple[str, str, str, str], _Sums] = defaultdict(_Sums)
+
+    def configure(self, settings: Settings) -> None:
+        """Take new settings. What was added up is kept where it still says what it said: for the same rule, against the
+        same other place at the same prices."""
+        before, rules = {key: self._against(*key[:2]) for key in self._sums}, self._rules
+        self._settings = settings
+        self._rules = {route.name: route for route in settings.routes}
+        for key, against in before.items():
+            if against is None or self._rules.get(key[0]) != rules[key[0]] or self._against(*key[:2]) != against:
+                del self._sums[key]
+        served = {model for upstream in settings.upstreams.values() for model in upstream.models}
+        for known in [known for known in self._outputs if known[0] not in served]:
+            del self._outputs[known]
 
     def __call__(self, row: Row) -> None:
         """Count a row. Attempts without a whole answer, shadows and unknown rules or aliases are left out."""
@@ -132,6 +145,11 @@ class Savings:
         name = (rule.to or alias) if rule.mode == "shadow" else alias
         model = self._settings.models.get(name)
         return next((arm for arm in model.arms if arm.weight > 0), None) if model is not None else None
+
+    def _against(self, rule: str, alias: str) -> tuple[str, str, Effort | None, Price] | None:
+        """What a rule is compared with at an alias: where, with which effort, at which prices."""
+        other = self._other(self._rules[rule], alias)
+        return None if other is None else (other.upstream, other.model, other.effort, self._price(other))
 
     def _price(self, arm: Arm) -> Price:
         return price_of(self._settings.upstreams[arm.upstream].models[arm.model].prices)

@@ -39,9 +39,10 @@ def request_to_messages(chat: dict[str, Any], model_id: str, limit: int, effort:
     """
     check_fields(chat, _KNOWN, _LEFT_OUT, _NEUTRAL)
     system, messages = _conversation(objects(chat.get("messages"), "messages"))
+    given = (chat.get("max_completion_tokens"), chat.get("max_tokens"), limit)
     body: dict[str, Any] = {
         "model": model_id,
-        "max_tokens": chat.get("max_completion_tokens") or chat.get("max_tokens") or limit,
+        "max_tokens": next(each for each in given if each is not None),
         "messages": messages,
     }
     if system:
