@@ -7,7 +7,7 @@ recipe's stages as there; default: as many as freehold-tiny). The dense model ha
 the stage that only trains indexers, and attends to everything in the others.
 
 Killed at any moment, the same command goes on where it was. Figures go to `results/tiny_retrained_ARM.json`; the model
-stays in DIR/ARM/STAGE/model. Needs the tokenizer of a checkpoint (--tokenizer) or makes the one of the recipe.
+stays in DIR/ARM/published. Needs the tokenizer of a checkpoint (--tokenizer) or makes the one of the recipe.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from freehold.stats import Interval
 from freehold.train.corpus import Corpus, CorpusSettings, build
 from freehold.train.corpus import digest as digest_of
 from freehold.train.loop import StepReport
+from freehold.train.publish import write
 from freehold.train.recipe import Recipe, Stage, tiny_recipe
-from freehold.train.stages import MODEL_NAME, from_directory, from_nothing, run_stage
+from freehold.train.stages import from_directory, from_nothing, run_stage
+from freehold.train.tiny import averaged
 from freehold.train.tokenizer import generated_tokenizer
 
 CHECKPOINT = ROOT / "models" / "freehold-tiny"
@@ -63,23 +65,21 @@ def _dense_stage(stage: Stage) -> Stage:
 
 
 def train(recipe: Recipe, tokenizer: Tokenizer, work: Path) -> tuple[Path, int, float]:
-    """All stages; the published model, the tokens and the seconds of training."""
-    model: Path | None = None
+    """All stages; the model that the recipe would publish, the tokens and the seconds of training."""
+    runs: list[Path] = []
     tokens, seconds = 0, 0.0
     for stage in recipe.stages:
         directory = work / recipe.name / stage.name
         corpus = _corpus(work / "corpora", stage.corpus(), tokenizer)
-        start = (
-            from_nothing(recipe.config, tokenizer, recipe.seed)
-            if model is None
-            else from_directory(directory.with_name(recipe.stages[recipe.stages.index(stage) - 1].name))
-        )
+        start = from_directory(runs[-1]) if runs else from_nothing(recipe.config, tokenizer, recipe.seed)
         with _bar(f"{recipe.name}: {stage.name}") as report:
             finished = run_stage(stage, start, corpus, directory, report=report)
         print(f"{recipe.name}: {stage.name}: {finished.tokens:,} tokens in {finished.seconds:.0f} s", flush=True)
         tokens, seconds = tokens + finished.tokens, seconds + finished.seconds
-        model = directory / MODEL_NAME
-    assert model is not None
+        runs.append(directory)
+    last = averaged([from_directory(run) for run in runs[-recipe.averaged :]])
+    model = work / recipe.name / "published"
+    write(last.model, last.tokenizer, last.config, model, replace=True)
     return model, tokens, seconds
 
 
