@@ -117,7 +117,7 @@ class Traffic:
 
 
 def settled(gateway: Gateway, up: Upstream, sockets: int) -> float:
-    """Seconds until sockets are back to about `sockets`, and the upstream has none that works for nobody; at most 60."""
+    """Seconds until sockets are back to about `sockets`, and none at the upstream works for nobody; 60 at most."""
     start = time.monotonic()
     with contextlib.suppress(RuntimeError):  # then the bar says so
         wait_until(lambda: gateway.sockets() <= sockets + 4 and up.sockets() <= 4, 60, "sockets", pause=0.2)
