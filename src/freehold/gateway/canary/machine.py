@@ -44,8 +44,9 @@ EARLY_LOOKS = (10, 25)
 """Looks before the first of those: where most calls fail, ten are enough."""
 ALPHA_RATIO = 0.001
 """Probability that a step of a correct assignment is ever held for its sample ratio."""
-SETTLE_SECONDS = 5.0
-"""Calls that arrive so soon after a change of share are left out: another gateway may not know of it yet."""
+SETTLE_SECONDS = 8.0
+"""Calls that arrive so soon after a change of share are left out: gateways are just agreeing on it, and one that is
+gone is waited for (`routing.crossing.LIVE_SECONDS`)."""
 
 
 class Canary:
