@@ -81,6 +81,7 @@ class Script:
     first_seconds: float = 0.0  # before the first byte of an answer
     chunk_seconds: float = 0.0  # between the tokens of a stream
     stamp: bool = False
+    per_chunk: int = 1  # tokens in a chunk, as with speculative decoding
     usage: bool = True  # false: an engine that never says how many tokens
 
     def __post_init__(self) -> None:
@@ -285,7 +286,8 @@ class Connection(asyncio.Protocol):
         elif script.fault == "looping":  # it does not end by itself
             tokens = limit or max(tokens, LOOPING_TOKENS)
         reasoning = tokens if script.fault == "thinking_cut" else min(script.reasoning, tokens)
-        usage = bool((asked.get("stream_options") or {}).get("include_usage")) and script.usage
+        options = asked.get("stream_options") or {}
+        usage = bool(options.get("include_usage")) and script.usage
         said = Said(
             id=f"up-{next(self.upstream.numbers)}",
             model=str(asked.get("model")),
@@ -297,6 +299,8 @@ class Connection(asyncio.Protocol):
             stamp=script.stamp,
             kind=script.fault if script.fault in CONTENT_FAULTS else "",
             include_usage=usage,
+            continuous=usage and bool(options.get("continuous_usage_stats")),
+            per_chunk=script.per_chunk,
         )
         label = str((asked.get("metadata") or {}).get("call", ""))
         call = Call(name, endpoint, label, said.model, said.prompt_tokens, fault=script.fault)

@@ -28,6 +28,8 @@ class Said:
     stamp: bool = False
     kind: str = ""
     include_usage: bool = False
+    continuous: bool = False
+    per_chunk: int = 1
 
     def word(self, index: int) -> str:
         if self.stamp:
@@ -36,13 +38,26 @@ class Said:
 
     @property
     def usage(self) -> dict[str, Any]:
+        return self.usage_at(self.tokens)
+
+    def usage_at(self, tokens: int) -> dict[str, Any]:
+        """After so many tokens."""
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.tokens,
-            "total_tokens": self.prompt_tokens + self.tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
+            "completion_tokens_details": {"reasoning_tokens": min(tokens, self.reasoning)},
         }
+
+    def words(self) -> Iterator[tuple[str, int, int]]:
+        """Text, tokens in it, and tokens up to it, of each chunk; none has reasoning and content."""
+        at = 0
+        while at < self.tokens:
+            last = self.reasoning if at < self.reasoning else self.tokens
+            end = min(at + self.per_chunk, last)
+            yield "".join(self.word(index) for index in range(at, end)), end - at, end
+            at = end
 
     @property
     def finish(self) -> str:
@@ -132,16 +147,17 @@ def _chat(said: Said) -> Iterator[tuple[bytes, int]]:
     head: dict[str, Any] = {"id": said.id, "object": "chat.completion.chunk", "created": int(time.time())}
     head |= {"model": said.model, "usage": None} if said.include_usage else {"model": said.model}
 
-    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
-        return event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+    def chunk(at: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        usage = {"usage": said.usage_at(at)} if said.continuous else {}
+        return event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} | usage)
 
-    yield chunk({"role": "assistant", "content": ""}), 0
-    for index in range(said.tokens):
-        if index == said.tokens - 1 and said.kind == "tool_json":
-            yield chunk({"tool_calls": [TOOL]}), 1
+    yield chunk(0, {"role": "assistant", "content": ""}), 0
+    for text, count, end in said.words():
+        if end == said.tokens and said.kind == "tool_json":
+            yield chunk(end, {"tool_calls": [TOOL]}), count
         else:
-            yield chunk({said.reasoning_field if index < said.reasoning else "content": said.word(index)}), 1
-    yield chunk({"refusal": "no"} if said.kind == "refusal" else {}, said.finish), 0
+            yield chunk(end, {said.reasoning_field if end <= said.reasoning else "content": text}), count
+    yield chunk(said.tokens, {"refusal": "no"} if said.kind == "refusal" else {}, said.finish), 0
     if said.include_usage:
         yield event(head | {"choices": [], "usage": said.usage}), 0
     yield DONE, 0
@@ -149,8 +165,9 @@ def _chat(said: Said) -> Iterator[tuple[bytes, int]]:
 
 def _completions(said: Said) -> Iterator[tuple[bytes, int]]:
     head = {"id": said.id, "object": "text_completion", "created": int(time.time()), "model": said.model}
-    for index in range(said.tokens):
-        yield event(head | {"choices": [{"index": 0, "text": said.word(index), "finish_reason": None}]}), 1
+    for text, count, end in said.words():
+        usage = {"usage": said.usage_at(end)} if said.continuous else {}
+        yield event(head | {"choices": [{"index": 0, "text": text, "finish_reason": None}]} | usage), count
     yield event(head | {"choices": [{"index": 0, "text": "", "finish_reason": said.finish}]}), 0
     if said.include_usage:
         yield event(head | {"choices": [], "usage": said.usage}), 0

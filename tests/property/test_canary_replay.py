@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.errors import InvalidRequest
-from freehold.gateway.canary.machine import Canary, replay
+from freehold.gateway.canary.machine import SETTLE_SECONDS, Canary, replay
 from freehold.gateway.canary.record import COMMANDS, Record
 from freehold.ledger import Note, Row
 from tests.canarying import NAME, experiment, row, stored
@@ -85,7 +85,9 @@ def test_a_changed_row_a_missing_one_and_a_changed_record_are_found() -> None:
     index = next(
         index
         for index, each in enumerate(rows)
-        if each.arm == "new" and not (each.shadow_of or each.error or each.attempt or each.conversation) and each.at > 6
+        if each.arm == "new"
+        and not (each.shadow_of or each.error or each.attempt or each.conversation)
+        and each.at > SETTLE_SECONDS + 1
     )
     changed = [*rows[:index], msgspec.structs.replace(rows[index], error="http"), *rows[index + 1 :]]
     assert again(records, changed, notes)[1]

@@ -20,6 +20,7 @@ from freehold.gateway.parts import Parts
 from freehold.gateway.policy import check_addresses
 from freehold.gateway.routing.admin import admin_routes
 from freehold.gateway.routing.assign import PIN_SECONDS
+from freehold.gateway.routing.crossing import Crossings, aa_until, change_of
 from freehold.gateway.routing.router import Router
 from freehold.gateway.routing.savings import Savings
 from freehold.gateway.telemetry import exporting
@@ -37,12 +38,16 @@ async def build_parts(settings: Settings, base_url: str) -> Parts:
     kept = await open_kept(settings)
     try:
         experiments = Canaries(ExperimentLedger(kept.store), settings)
-        router = Router(settings, await kept.store.secret("assign"), experiments, auth_headers)
-        await _resume(settings, kept.store, experiments, router)
+        crossings = _crossings(settings, kept.store)
+        standings = crossings or experiments
+        secret = await kept.store.secret("assign")
+        router = Router(settings, secret, standings, auth_headers, crossings=crossings)
+        await _resume(settings, kept.store, experiments, router, crossings)
         judge = Judge(settings, base_url, kept.store.note, time.time)
     except BaseException:
         await kept.store.stop()
         raise
+    shared = () if crossings is None else (crossings,)
     metrics, savings = GatewayMetrics(), Savings(settings)
     return Parts(
         keys=kept.keys,
@@ -57,18 +62,36 @@ async def build_parts(settings: Settings, base_url: str) -> Parts:
             **experiments.routes(),
             **admin_routes(router.fleet, savings),
         },
-        configured=(kept.keys, experiments, router, kept.admission, judge, kept.texts, kept.log, savings),
-        background=(router.run, experiments.run, judge.run),
+        configured=(kept.keys, experiments, *shared, router, kept.admission, judge, kept.texts, kept.log, savings),
+        background=(router.run, experiments.run, *(each.run for each in shared), judge.run),
         identity=kept.identity,
     )
 
 
-async def _resume(settings: Settings, store: Store, experiments: Canaries, router: Router) -> None:
+def _crossings(settings: Settings, store: Store) -> Crossings | None:
+    """None: this gateway is the only one on its database."""
+    if settings.store.kind != "postgres":
+        return None
+    from freehold.gateway.keeping.pins import SharedPins
+    from freehold.gateway.keeping.postgres import PostgresStore
+
+    assert isinstance(store, PostgresStore)
+    return Crossings(settings, SharedPins(store))
+
+
+async def _resume(
+    settings: Settings, store: Store, experiments: Canaries, router: Router, crossings: Crossings | None
+) -> None:
     """Know where experiments stand, and on which arm conversations are, before the first call."""
     for name in settings.experiments:
         try:
             await experiments.advance(name)
+            if crossings is not None:
+                await crossings.turn(name)
         except FreeholdError as error:  # it is tried again while the gateway runs; till then its canary gets nothing
             _log.warning("experiment %s: %s", name, error)
-        for arm, conversation, at in await store.conversations(name, time.time() - PIN_SECONDS):
-            router.recall(name, arm, conversation, at)
+        if crossings is None:
+            control = settings.experiments[name].control
+            ended = aa_until([change_of(each) for each in await store.decisions(name)])
+            for arm, conversation, first, last in await store.conversations(name, time.time() - PIN_SECONDS):
+                router.recall(name, control if first < ended else arm, conversation, last)

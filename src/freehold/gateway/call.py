@@ -43,6 +43,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)  # lower-case names; credentials left out
     stream: bool = False
     include_usage: bool = False  # the client asked for usage in its stream
+    continuous_usage: bool = False  # in every chunk of it
     max_tokens: int | None = None
     choices: int = 1
     effort: Effort = ""

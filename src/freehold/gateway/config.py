@@ -149,6 +149,11 @@ class Upstream(Section):
     timeouts: Timeouts = Field(Timeouts(), description="How long it may take.")
     health: Health = Field(Health(), description="How it is probed.")
     breaker: Breaker = Field(Breaker(), description="When calls are kept away from it.")
+    continuous_usage: bool = Field(
+        False,
+        description="Ask for the usage in every chunk, so that what broke off is counted to the token also where a "
+        "chunk has several: vLLM, SGLang and `freehold serve` know it.",
+    )
     metrics: bool = Field(False, description="Read /metrics of replicas, to send calls to the least loaded.")
 
     @model_validator(mode="after")

@@ -45,6 +45,16 @@ class Router(Protocol):
         Raises NotFound (no such alias), InvalidRequest, PolicyRefused.
         """
 
+    @property
+    def crossing(self) -> bool:
+        """Whether several gateways are just changing an experiment's share: then `settle` comes before `decide`."""
+
+    async def settle(self, request: Request) -> None:
+        """Have the arm of the request's conversation agreed with them; what `decide` raises is raised here, too.
+
+        `decide` follows without another wait. Raises Unavailable: they cannot be asked.
+        """
+
     def choose(self, target: Target, request: Request, avoid: frozenset[str] = frozenset()) -> Replica:
         """The replica to try, whose in-flight count it raises. Raises Unavailable: none takes calls now.
 

@@ -16,7 +16,7 @@ from freehold.serve.schema import (
     TopLogprob,
     UsageBody,
 )
-from freehold.serve.turn import TextToken, TurnFinished
+from freehold.serve.turn import SoFar, TextToken, TurnFinished
 from freehold.types import Usage
 
 FINGERPRINT = f"freehold-{__version__}"
@@ -46,6 +46,11 @@ def usage_body(prompts: Iterable[Usage], completions: Iterable[tuple[Usage, int]
         PromptTokensDetails(cached),
         CompletionTokensDetails(reasoning, accepted, proposed - accepted),
     )
+
+
+def usage_so_far(choices: Sequence[SoFar]) -> UsageBody:
+    """Of an answer to one prompt that is still being written."""
+    return usage_body([choices[0].usage], [(each.usage, each.reasoning_tokens) for each in choices])
 
 
 def token_logprob(token: TextToken) -> TokenLogprob:

@@ -16,7 +16,7 @@ from freehold.serve import schema
 from freehold.serve.chat_reply import ChunkWriter, Reply, collect
 from freehold.serve.chat_turn import to_turn
 from freehold.serve.openapi import Operation
-from freehold.serve.params import wants_usage
+from freehold.serve.params import wants_running_usage, wants_usage
 from freehold.serve.schema import ChatRequest
 from freehold.serve.stream import DONE, EventStream, all_or_none, merge, until_disconnect
 from freehold.serve.turn import Event, PreparedTurn
@@ -55,7 +55,7 @@ def routes(state: ServerState) -> list[Route]:
         reply = Reply(new_id("chatcmpl-"), int(time.time()), model, logprobs=bool(ask.logprobs))
         streams = await open_streams(state, prepared, ask.n or 1, reply.id)
         if ask.stream:
-            writer = ChunkWriter(reply, with_usage=wants_usage(ask))
+            writer = ChunkWriter(reply, with_usage=wants_usage(ask), running=wants_running_usage(ask))
             return EventStream(request, _frames(writer, streams), warnings=warnings)
         completion = await until_disconnect(request, collect(reply, streams))
         return json_response(request, completion, warnings=warnings)

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from msgspec import UNSET
 
 from freehold.serve import schema
-from freehold.serve.bodies import FINGERPRINT, finish_reason, prompt_logprobs_body, token_logprob, usage_body
+from freehold.serve.bodies import (
+    FINGERPRINT,
+    finish_reason,
+    prompt_logprobs_body,
+    token_logprob,
+    usage_body,
+    usage_so_far,
+)
 from freehold.serve.schema import ChatChunk, ChatLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
 from freehold.serve.stream import merge, sse
 from freehold.serve.turn import (
@@ -16,6 +23,7 @@ from freehold.serve.turn import (
     Event,
     PromptScored,
     ReasoningDelta,
+    SoFar,
     TextToken,
     ToolCallArguments,
     ToolCallStart,
@@ -125,14 +133,17 @@ async def collect(reply: Reply, streams: Sequence[AsyncGenerator[Event, None]]) 
 class ChunkWriter:
     """Turns events into SSE frames. One per response; it knows which choices have begun and how they ended."""
 
-    def __init__(self, reply: Reply, *, with_usage: bool) -> None:
+    def __init__(self, reply: Reply, *, with_usage: bool, running: bool = False) -> None:
+        """with_usage: at the end; running: and in every chunk, of all choices so far."""
         self._reply = reply
         self._with_usage = with_usage
+        self._running: dict[int, SoFar] | None = {} if running else None
         self._begun: set[int] = set()
         self._ends: dict[int, TurnFinished] = {}
 
     def frame(self, index: int, event: Event) -> bytes:
         """The frames of one event of one choice; b"" if it has none. The first is preceded by the role."""
+        self._count(index, event)
         finish: schema.FinishReasonWord | None = None
         tokens: ChatLogprobs | None = None
         match event:
@@ -153,11 +164,23 @@ class ChunkWriter:
                 self._ends[index] = event
             case PromptScored():
                 return b""
-        frame = self._chunk([ChunkChoice(index, delta, tokens, finish)])
+        frame = self._chunk([ChunkChoice(index, delta, tokens, finish)], self._usage_so_far())
         if index in self._begun:
             return frame
         self._begun.add(index)
+        # Without a usage: what has been generated comes with the frame after it.
         return self._chunk([ChunkChoice(index, Delta(role="assistant", content=""))]) + frame
+
+    def _count(self, index: int, event: Event) -> None:
+        if self._running is None or isinstance(event, PromptScored):
+            return
+        if isinstance(event, TurnFinished):
+            self._running[index] = SoFar(event.usage, event.reasoning_tokens)
+        elif event.so_far is not None:
+            self._running[index] = event.so_far
+
+    def _usage_so_far(self) -> schema.UsageBody | None:
+        return usage_so_far(list(self._running.values())) if self._running else None
 
     def usage_frame(self) -> bytes:
         """The last chunk, if usage was asked for: no choices, the sum of all of them."""

@@ -9,7 +9,7 @@ import msgspec
 
 from freehold.errors import InvalidRequest
 from freehold.serve import schema
-from freehold.serve.params import check_stream_options, sampling_params
+from freehold.serve.params import check_stream_options, sampling_params, wants_running_usage
 from freehold.serve.schema import MAX_TOKENS, ChatRequest
 from freehold.serve.turn import Turn
 
@@ -40,6 +40,7 @@ def to_turn(ask: ChatRequest, state: ServerState) -> Turn:
         stop=ask.stop_strings(),
         include_stop=bool(ask.include_stop_str_in_output),
         cache_salt=ask.cache_salt,
+        running_usage=wants_running_usage(ask),
     )
 
 

@@ -14,6 +14,7 @@ from freehold.serve.schema import Completion, CompletionChoice, CompletionLogpro
 from freehold.serve.stream import merge, sse
 from freehold.serve.turn import TextToken, TurnFinished
 from freehold.serve.wire import encode_json
+from freehold.types import Usage
 
 if TYPE_CHECKING:
     from freehold.model.tokenizer import Tokenizer
@@ -178,21 +179,36 @@ def _joined(pieces: Sequence[CompletionLogprobs], asked: Asked) -> CompletionLog
 class CompletionWriter:
     """Turns events into SSE frames. One per response."""
 
-    def __init__(self, asked: Asked, *, with_usage: bool) -> None:
+    def __init__(self, asked: Asked, *, with_usage: bool, running: bool = False) -> None:
+        """with_usage: at the end; running: and in every chunk, of all choices so far."""
         self._asked = asked
         self._with_usage = with_usage
+        self._running: dict[int, Usage] | None = {} if running else None
         self._choices = [_Choice(asked, index) for index in range(asked.count)]
 
     def frame(self, index: int, event: TextEvent) -> bytes:
         """The frame of one event of one choice; b"" if it adds nothing."""
         choice = self._choices[index]
         shown = choice.read(event)
+        usage = self._usage_with(index, event)
         if choice.finished is None:
             if not shown.text and shown.logprobs is None:
                 return b""
-            return self._chunk([CompletionChoice(index, shown.text, shown.logprobs)])
+            return self._chunk([CompletionChoice(index, shown.text, shown.logprobs)], usage)
         reason, stopped = finish_reason(choice.finished), choice.finished.stop_sequence
-        return self._chunk([CompletionChoice(index, shown.text, shown.logprobs, reason, stopped)])
+        return self._chunk([CompletionChoice(index, shown.text, shown.logprobs, reason, stopped)], usage)
+
+    def _usage_with(self, index: int, event: TextEvent) -> UsageBody | None:
+        """What has been generated so far, if every chunk shall say it. Prompts of choices that have begun count."""
+        if self._running is None:
+            return None
+        end = self._choices[index].finished
+        if end is not None:
+            self._running[index] = end.usage
+        elif isinstance(event, TextDelta) and event.so_far is not None and self._asked.generated:
+            self._running[index] = event.so_far.usage
+        prompts = {at // self._asked.n: usage for at, usage in self._running.items()}
+        return usage_body(prompts.values(), [(usage, 0) for usage in self._running.values()])
 
     def usage_frame(self) -> bytes:
         """The last chunk, if usage was asked for: no choices, the sum of all of them."""

@@ -15,7 +15,13 @@ from freehold.errors import InvalidRequest
 from freehold.serve import schema
 from freehold.serve.completion_reply import Asked, CompletionWriter, collect
 from freehold.serve.openapi import Operation
-from freehold.serve.params import check_stream_options, check_token_ids, sampling_params, wants_usage
+from freehold.serve.params import (
+    check_stream_options,
+    check_token_ids,
+    sampling_params,
+    wants_running_usage,
+    wants_usage,
+)
 from freehold.serve.schema import MAX_CHOICES, CompletionRequest
 from freehold.serve.service import check_bytes
 from freehold.serve.stream import DONE, EventStream, all_or_none, merge, until_disconnect
@@ -53,7 +59,7 @@ def routes(state: ServerState) -> list[Route]:
         salt = state.cache_salt(request, ask.cache_salt)
         streams = await all_or_none(lambda index: _submit(state, ask, job, index, salt), len(job.prompts) * job.asked.n)
         if ask.stream:
-            writer = CompletionWriter(job.asked, with_usage=wants_usage(ask))
+            writer = CompletionWriter(job.asked, with_usage=wants_usage(ask), running=wants_running_usage(ask))
             return EventStream(request, _frames(writer, streams), warnings=decoded.warnings)
         completion = await until_disconnect(request, collect(job.asked, streams))
         return json_response(request, completion, warnings=decoded.warnings)
@@ -125,6 +131,7 @@ def _submit(
         cache_salt=cache_salt,
         adapter=state.adapter(job.asked.model),
         seed_offset=choice,
+        running_usage=wants_running_usage(ask),
     )
 
 

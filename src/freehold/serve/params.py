@@ -62,6 +62,11 @@ def check_token_ids(param: str, ids: Iterable[int], vocab_size: int) -> None:
             )
 
 
+def wants_running_usage(request: SamplingRequest) -> bool:
+    """Whether every chunk has the usage so far, as vLLM and SGLang have it: only together with the last one."""
+    return wants_usage(request) and bool(request.stream_options and request.stream_options.continuous_usage_stats)
+
+
 def wants_usage(request: SamplingRequest) -> bool:
     """Whether a stream ends with a usage chunk."""
     return request.stream_options is not None and bool(request.stream_options.include_usage)

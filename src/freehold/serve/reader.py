@@ -19,6 +19,7 @@ from freehold.serve.turn import (
     Event,
     PromptScored,
     ReasoningDelta,
+    SoFar,
     TextToken,
     ToolCallArguments,
     TurnFinished,
@@ -39,6 +40,7 @@ class TextDelta:
     text: str
     tokens: tuple[TextToken, ...] = ()
     prompt: tuple[TextToken | None, ...] | None = None
+    so_far: SoFar | None = None
 
 
 TextEvent = TextDelta | TurnFinished
@@ -57,8 +59,10 @@ class TurnReader:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        running_usage: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._running_usage = running_usage
         text_tags = [tag for tag in TAGS if tokenizer.special_id(tag) is None]
         # Where tags are ordinary text, tokens before and after one must be told apart.
         self._pieces = _PieceReader(tokenizer, stop, include_stop, min_tokens, in_runs=not text_tags)
@@ -76,12 +80,18 @@ class TurnReader:
                 return [*merge(events), self._finish("tool_calls", chunk.usage)]
         reason = self._pieces.reason(chunk)
         if reason is None:
-            return merge(events)
+            return self._counted(merge(events), chunk.usage)
         # The model ended its turn by itself only if it was no stop string, limit, abort or error that did.
         events += parser.finish(cut=reason != "stop" or self._pieces.stopped is not None)
         if reason == "stop" and parser.calls and not parser.is_cut:
             reason = "tool_calls"
         return [*merge(events), *([] if _failed(chunk) else [self._finish(reason, chunk.usage)])]
+
+    def _counted(self, events: list[Event], usage: Usage) -> list[Event]:
+        """The events, the last of which says what has been generated so far, if that was asked for."""
+        if self._running_usage and events and not isinstance(events[-1], PromptScored | TurnFinished):
+            events[-1] = replace(events[-1], so_far=SoFar(self._pieces.shown(usage), self._parser.reasoning_tokens))
+        return events
 
     def end(self) -> list[Event]:
         """The engine's stream ended without a last chunk, which is an abort."""
@@ -103,8 +113,10 @@ class TextReader:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        running_usage: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._running_usage = running_usage
         self._echo = echo
         self._pieces = _PieceReader(tokenizer, stop, include_stop, min_tokens)
         self.finished = False
@@ -120,7 +132,8 @@ class TextReader:
         shown = [p for p in self._pieces.read(chunk) if not p.control or p.text in VISIBLE_CONTROL]
         text, tokens = "".join(p.text for p in shown), tuple(token for p in shown for token in p.tokens)
         if text or tokens:
-            events.append(TextDelta(text, tokens))
+            so_far = SoFar(self._pieces.shown(chunk.usage)) if self._running_usage else None
+            events.append(TextDelta(text, tokens, so_far=so_far))
         reason = self._pieces.reason(chunk)
         if reason is not None and not _failed(chunk):
             events.append(self._finish(reason, chunk.usage))

@@ -88,6 +88,7 @@ class ChatService:
             stop=turn.stop,
             include_stop=turn.include_stop,
             min_tokens=prepared.params.min_tokens,
+            running_usage=turn.running_usage,
         )
         params = _with_seed(prepared.params, seed_offset)
         source = self.engine.submit(
@@ -116,12 +117,14 @@ class CompletionService:
         cache_salt: str | None = None,
         adapter: str | None = None,
         seed_offset: int = 0,
+        running_usage: bool = False,
     ) -> AsyncGenerator[TextEvent, None]:
         """Complete a prompt. Submits here and now, as ChatService.run does.
 
         echo: the first event is a TextDelta of the prompt's text. With params.prompt_logprobs, that same first
         TextDelta (of no text, if it does not echo) carries them. The last event is TurnFinished, whose reason is never
         "tool_calls". Control tokens other than the thinking and tool tags are left out of generated text.
+        running_usage: a TextDelta says what has been generated so far.
         """
         if params.guide is not None:
             _check_guide(params.guide, self.guides)
@@ -131,6 +134,7 @@ class CompletionService:
             stop=stop,
             include_stop=include_stop,
             min_tokens=params.min_tokens,
+            running_usage=running_usage,
         )
         params = _with_seed(params, seed_offset)
         source = self.engine.submit(request_id, prompt_ids, params, cache_salt=cache_salt, adapter=adapter)

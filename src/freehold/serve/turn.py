@@ -42,6 +42,7 @@ class Turn:
     include_stop: bool = False
     cache_salt: str | None = None
     adapter: str | None = None
+    running_usage: bool = False  # events say what has been generated so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +75,27 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
+class SoFar:
+    """What had been generated of a choice with an event. reasoning_tokens is a part of usage.completion_tokens."""
+
+    usage: Usage
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReasoningDelta:
+    """so_far, here and in other events: only with `Turn.running_usage`, of the last event of an engine's chunk."""
+
     text: str
     tokens: tuple[TextToken, ...] = ()  # only when logprobs were asked for
+    so_far: SoFar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
     text: str
     tokens: tuple[TextToken, ...] = ()
+    so_far: SoFar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,7 @@ class ToolCallStart:
     index: int
     id: str
     name: str
+    so_far: SoFar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +114,7 @@ class ToolCallArguments:
 
     index: int
     fragment: str
+    so_far: SoFar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ hypothesis at the edge of those that the gambler has not yet made 1/alpha from. 
 them, each with alpha, holds with 1 - 2 alpha.
 
     rates          `log_odds_evidence`, `rate_lower`, `rate_upper`: exact, also for anything within 0..1
-    two rates      `ratio_lower`: exact, whatever the common rate is and however it moves
+    two rates      `ratio_lower`: exact, whatever the common rate is and however it moves; `difference_upper`: exact
     quantiles      `most_above`, `fewest_above`: exact; order statistics, by the number of values above
     scores         `log_score_evidence`, `score_lower`: exact, and sharp where scores vary little
     means          `log_normal_evidence`, `normal_distance`: in the limit of many units
@@ -42,6 +42,8 @@ Floats = NDArray[np.float64]
 _TILT_J: Floats = np.geomspace(0.05, 3.5, 20)
 _UP_J: Floats = np.expm1(_TILT_J)
 _DOWN_J: Floats = np.expm1(-_TILT_J)
+_ERRORS_P: Floats = np.linspace(-8.0, 3.0, 45)  # standard errors of a rate
+_TINY = 1e-9
 _LEAST = 1e-3  # bounds of scores nearer to 0 than this part of the mean are given as 0
 _STAKE_J: Floats = np.geomspace(0.02, 0.98, 20)
 _STEPS, _CLOSE = 60, 1e-6  # of finding a root: at most so many, until the log evidence is so close
@@ -72,6 +74,50 @@ def rate_lower(hits: float, trials: float, alpha: float, design: float = 1.0) ->
 def rate_upper(hits: float, trials: float, alpha: float, design: float = 1.0) -> float:
     """The upper bound of a rate."""
     return 1.0 - rate_lower(trials - hits, trials, alpha, design)
+
+
+def difference_upper(
+    hits: float, trials: float, base_hits: float, base_trials: float, alpha: float, design: float = 1.0
+) -> float:
+    """The upper bound of a rate less another one, `base`: the smallest difference from which on there is evidence of
+    1/alpha against each: `log_difference_evidence`. 1 where there is none yet."""
+    if not trials or not base_trials:
+        return 1.0
+    needed = -math.log(alpha)
+    high = 1.0 - 4.0 * _TINY
+    low = max(-high, hits / trials - base_hits / base_trials)
+
+    def lacking(difference: float) -> float:
+        return needed - log_difference_evidence(hits, trials, base_hits, base_trials, difference, design)
+
+    if lacking(high) >= 0.0:
+        return 1.0
+    step = 0.25 / math.sqrt(trials)
+    while low + step < high and lacking(low + step) > 0.0:  # near the estimate, where false position is fast
+        low, step = low + step, 2.0 * step
+    return _root(lacking, low, min(high, low + step))
+
+
+def log_difference_evidence(
+    hits: float, trials: float, base_hits: float, base_trials: float, difference: float, design: float = 1.0
+) -> float:
+    """Log of the evidence that a rate is less than `difference` above another one, `base`; design: of both.
+
+    Against each rate p that the base may have there are two gamblers, who multiply their wealth: one bets that the base
+    is above p, the other that the first rate is below p + difference. The evidence is the least over all p. So what is
+    not known of either rate adds up as variances do, not as the widths of two bounds.
+
+    The second one puts half of the stake on what is hoped for: that both rates are p. No mixture is needed for that,
+    as p and the difference fix the bet. The first one keeps half of the stake in hand, for where p is the base's rate.
+    """
+    p_P = _base_rates(base_hits, base_trials, difference, design)
+    null_P = p_P + difference
+    # The log odds ratio of null and p; where p is not below the null there is nothing to hope for.
+    hoped_P = np.maximum(0.0, np.log(null_P / p_P) - np.log((1.0 - null_P) / (1.0 - p_P)))
+    tuned_P = (-hoped_P * hits - np.log1p(np.expm1(-hoped_P) * null_P) * trials) / design
+    spread_P = _mean_evidence(-_TILT_J, hits, trials, null_P, design)
+    base_P = np.logaddexp(0.0, _mean_evidence(_TILT_J, base_hits, base_trials, p_P, design))
+    return float((np.logaddexp(tuned_P, spread_P) + base_P).min()) - 2.0 * math.log(2.0)
 
 
 def ratio_lower(
@@ -203,6 +249,22 @@ def design_effect(units: int, trials: float, hits: float, hits2: float, cross: f
     if units < 2 or independent <= 0:
         return 1.0
     return max(1.0, (hits2 - 2.0 * rate * cross + rate * rate * trials2) / independent)
+
+
+def _base_rates(hits: float, trials: float, difference: float, design: float) -> Floats:
+    """[rates]: where the least evidence is looked for: from 8 standard errors below the estimate, where the gambler who
+    bets on the base has far more than is needed, to 3 above, where the other one has more the higher the rate is."""
+    rate = (hits + 0.5) / (trials + 1.0)
+    found: Floats = rate + _ERRORS_P * math.sqrt(rate * (1.0 - rate) / trials * design)
+    return np.clip(found, _TINY + max(0.0, -difference), 1.0 - _TINY - max(0.0, difference))
+
+
+def _mean_evidence(tilt_J: Floats, hits: float, trials: float, null_P: Floats, design: float) -> Floats:
+    """[nulls]: log evidence of an even mixture of bets against each of some rates."""
+    logs_PJ = (hits * tilt_J - np.log1p(np.multiply.outer(null_P, np.expm1(tilt_J))) * trials) / design
+    top_P = logs_PJ.max(axis=1)
+    found: Floats = top_P + np.log(np.exp(logs_PJ - top_P[:, None]).mean(axis=1))
+    return found
 
 
 def _growth(trials: float | Floats, null: float | Floats, below: bool) -> Floats:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from freehold.errors import ConfigError, InvalidRequest
+from freehold.gateway.canary import machine
+from freehold.gateway.canary.guardrails import Finding, judge
 from freehold.gateway.canary.machine import LOOK, SETTLE_SECONDS, Canary
 from freehold.gateway.canary.record import Record
+from freehold.gateway.canary.windows import Compared
 from freehold.gateway.config import Settings, parse
 from freehold.ledger import Note, Row
 from tests.canarying import NAME, experiment, row, settings, traffic
@@ -172,6 +175,22 @@ def test_each_window_gets_half_of_the_alpha_that_is_left() -> None:
         spent.append(driven.canary._alpha())
         driven.canary.command("force", driven.at)
     assert spent == [0.04, 0.02, 0.01]
+
+
+def test_what_may_be_wrongly_fine_adds_up_to_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def noted(compared: Compared, margin: float, worse: float, fine: float) -> Finding:
+        given.append(fine)
+        return judge(compared, margin, worse, fine)
+
+    monkeypatch.setattr(machine, "judge", noted)
+    driven = Driven(alpha=0.08)
+    for _ in range(3):
+        driven.canary.findings()
+        driven.canary.command("force", driven.at)
+    assert given == pytest.approx([0.06, 0.015, 0.00375])
+    assert sum(given) < 0.08
 
 
 def test_warm_up_is_left_out() -> None:

@@ -355,7 +355,7 @@ def test_a_shadow_is_asked_the_same_and_its_answer_thrown_away(gateway: Start, u
     class WithShadow:
         def __init__(self, inner: Any) -> None:
             self._inner = inner
-            self.choose, self.done = inner.choose, inner.done
+            self.choose, self.done, self.crossing = inner.choose, inner.done, False
 
         def decide(self, request: Request) -> Decision:
             found: Decision = self._inner.decide(request)

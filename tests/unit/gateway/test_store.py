@@ -332,8 +332,8 @@ async def test_who_is_on_which_arm(store: Store) -> None:
     ):
         store.append(row(row_id=f"r{number}", at=NOON + at, experiment="e", arm=arm, conversation=conversation))
     await store.flush()
-    assert await store.conversations("e", NOON) == [("b", "d", NOON + 3), ("a", "c", NOON + 5)]
-    assert await store.conversations("e", NOON + 4) == [("a", "c", NOON + 5)]
+    assert await store.conversations("e", NOON) == [("b", "d", NOON + 3, NOON + 3), ("a", "c", NOON + 1, NOON + 5)]
+    assert await store.conversations("e", NOON + 4) == [("a", "c", NOON + 5, NOON + 5)]
     assert await store.conversations("other", NOON) == []
 
 

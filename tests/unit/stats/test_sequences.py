@@ -12,7 +12,9 @@ import pytest
 
 from freehold.stats.sequences import (
     design_effect,
+    difference_upper,
     fewest_above,
+    log_difference_evidence,
     log_normal_evidence,
     log_odds_evidence,
     log_ratio_evidence,
@@ -155,6 +157,52 @@ def test_bounds_of_rates_hold_at_all_looks_where_repeated_tests_do_not() -> None
 
     assert missed(wrong) <= 0.1
     assert missed(wrong_z) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("base", "difference", "share"), [(0.01, 0.01, 0.05), (0.3, 0.05, 0.25), (0.05, -0.03, 0.5), (0.002, 0.01, 0.05)]
+)
+def test_the_bound_of_a_difference_holds_at_all_looks(base: float, difference: float, share: float) -> None:
+    others = round(50 * (1 - share) / share)
+
+    def wrong(generator: np.random.Generator) -> bool:
+        hits = np.cumsum(generator.binomial(50, base + difference, 40))
+        base_hits = np.cumsum(generator.binomial(others, base, 40))
+        return any(
+            log_difference_evidence(hits[n], 50 * n + 50, base_hits[n], others * (n + 1), difference) >= math.log(10)
+            for n in range(40)
+        )
+
+    assert missed(wrong) <= 0.1
+
+
+@pytest.mark.parametrize(("base", "difference", "trials"), [(0.05, 0.1, 30), (0.4, 0.2, 12), (0.3, -0.2, 12)])
+def test_a_bet_on_a_difference_is_not_unfair(base: float, difference: float, trials: int) -> None:
+    def wealth(hits: int, base_hits: int) -> float:
+        return math.exp(log_difference_evidence(hits, trials, base_hits, 2 * trials, difference))
+
+    def chance(hits: int, count: int, rate: float) -> float:
+        return math.comb(count, hits) * rate**hits * (1 - rate) ** (count - hits)
+
+    expected = sum(
+        chance(hits, trials, base + difference) * chance(base_hits, 2 * trials, base) * wealth(hits, base_hits)
+        for hits in range(trials + 1)
+        for base_hits in range(2 * trials + 1)
+    )
+    assert 0.0 < expected <= 1.0
+
+
+def test_the_bound_of_a_difference_is_sharper_than_two_bounds_apart() -> None:
+    for hits, trials, base_hits, base_trials in ((10, 1000, 190, 19_000), (0, 500, 0, 9500), (40, 4000, 40, 4000)):
+        both = difference_upper(hits, trials, base_hits, base_trials, 0.05)
+        apart = rate_upper(hits, trials, 0.045) - rate_lower(base_hits, base_trials, 0.005)
+        assert hits / trials - base_hits / base_trials < both < 0.9 * apart
+        evidence = log_difference_evidence(hits, trials, base_hits, base_trials, both)
+        assert evidence == pytest.approx(math.log(20), abs=1e-3)
+        assert both < difference_upper(hits, trials, base_hits, base_trials, 0.05, design=2.0)
+    assert difference_upper(0, 0, 1, 10, 0.05) == difference_upper(3, 3, 0, 0, 0.05) == 1.0
+    assert difference_upper(2, 2, 0, 2, 0.05) == 1.0
+    assert difference_upper(0, 1000, 1000, 1000, 0.05) < -0.9
 
 
 def test_bounds_of_quantiles_hold_at_all_looks() -> None:

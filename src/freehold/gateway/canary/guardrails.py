@@ -3,8 +3,8 @@
 **Worse**: the lower bound of the effect is above 0. **Fine**: its upper bound is below the margin. Both bounds hold at
 every look (`freehold.stats.sequences`). Effects are signed so that more is worse; relative for means and quantiles.
 
-    rates      lower: the ratio of the rates, given the failures of both arms (`ratio_lower`); upper: the canary's upper
-               bound less the control's lower one
+    rates      lower: the ratio of the rates, given the failures of both arms (`ratio_lower`); upper: of their
+               difference (`difference_upper`)
     quantiles  bounds of the canary's quantile over those of the control's
     means      log of the ratio of means, arithmetic or geometric; scores: their difference; squared errors over
                sticky units
@@ -22,12 +22,11 @@ import numpy as np
 from freehold.gateway.canary.windows import Cell, Compared, edge
 from freehold.stats import Interval
 from freehold.stats.sequences import (
+    difference_upper,
     fewest_above,
     log_odds_evidence,
     most_above,
     normal_distance,
-    rate_lower,
-    rate_upper,
     ratio_lower,
     score_lower,
     score_upper,
@@ -84,9 +83,7 @@ def _rate(compared: Compared, margin: float, alpha_worse: float, alpha_fine: flo
     blocks = (compared.blocks.events_B, compared.blocks.canary_B, compared.blocks.control_B)
     ratio = ratio_lower(canary.total, *blocks, alpha_worse, design)
     base = control.mean or 1.0 / control.trials  # no failure yet: less than one in all its calls
-    high = rate_upper(canary.total, canary.trials, (1 - FOR_CONTROL) * alpha_fine, design) - rate_lower(
-        control.total, control.trials, FOR_CONTROL * alpha_fine, design
-    )
+    high = difference_upper(canary.total, canary.trials, control.total, control.trials, alpha_fine, design)
     effect = Interval(canary.mean - control.mean, (ratio - 1.0) * base, high)
     return Finding(compared.metric.name, margin, control.mean, canary.mean, effect)
 

@@ -11,8 +11,9 @@ Every LOOK requests of the canary, and a few times before, it looks. With m guar
 *   a guardrail is **worse** if the bound of its effect that is wrong at any look with probability alpha / 2^k / m
     is above 0. So all looks, guardrails and steps together roll a canary that is as good as the control back with
     probability at most alpha. One that is worse but shown to be within its margin is not rolled back.
-*   a guardrail is **fine** if its other bound, with alpha / 2^k, is below its margin. Being fine in one step is
-    enough. All must be, so a canary that is beyond any margin is promoted with probability at most alpha.
+*   a guardrail is **fine** if its other bound, with 3 alpha / 4^k, is below its margin. Being fine in one step is
+    enough. All must be, so a canary that is beyond any margin is promoted with probability at most alpha. The first
+    step has most of it: nothing goes on before all are fine there, so what later ones have is rarely used.
 
 Each step is a comparison of its own: time of day and load change from step to step, and old and new steps together
 would mix them up with the arms. Conversations that began before a step keep their arm and are left out of it.
@@ -43,8 +44,9 @@ EARLY_LOOKS = (10, 25)
 """Looks before the first of those: where most calls fail, ten are enough."""
 ALPHA_RATIO = 0.001
 """Probability that a step of a correct assignment is ever held for its sample ratio."""
-SETTLE_SECONDS = 5.0
-"""Calls that arrive so soon after a change of share are left out: another gateway may not know of it yet."""
+SETTLE_SECONDS = 8.0
+"""Calls that arrive so soon after a change of share are left out: gateways are just agreeing on it, and one that is
+gone is waited for (`routing.crossing.LIVE_SECONDS`)."""
 
 
 class Canary:
@@ -164,8 +166,9 @@ class Canary:
     def findings(self) -> list[Finding]:
         """What the guardrails say now, in the order of the settings."""
         alpha = self._alpha()
+        fine = 3.0 * self.experiment.alpha / 4.0 ** max(1, self._windows)
         return [
-            judge(compared, margin, alpha / len(self._rails), alpha)
+            judge(compared, margin, alpha / len(self._rails), fine)
             for compared, (_, margin) in zip(self.window.metrics, self._rails, strict=True)
         ]
 

@@ -22,6 +22,11 @@ class Plan(msgspec.Struct, frozen=True):
     share: float
     aa: bool = False
 
+    @property
+    def band(self) -> None:
+        """Nothing to agree about: the only gateway knows all conversations."""
+        return None
+
 
 class Seen(msgspec.Struct, frozen=True):
     """A guardrail in a record; effects as `guardrails.Finding`, None for infinite."""

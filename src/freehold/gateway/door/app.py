@@ -129,6 +129,8 @@ class Door:
             request = self._reader.read(endpoint, headers, body, caller, request_id)
             if caller.models and request.alias not in caller.models:
                 raise PermissionDenied(f"this key may not use {request.alias!r}", param="model")
+            if self._parts.router.crossing:
+                await self._parts.router.settle(request)
             decision = self._parts.router.decide(request)
             ticket = await self._parts.admission.admit(request, decision)
             call = Call(

@@ -2,7 +2,7 @@
 
 Who counts: the upstream's `usage`, wherever it came; after it, or without any, a chunk that carries text is one token
 (`counted` says which). Speculative decoding puts several tokens into a chunk, so a stream that was cut before its
-usage is then counted too low.
+usage is then counted too low, unless every chunk has one: `continuous_usage` of the upstream.
 
 Failure classes are looked for in this order once an answer is complete:
     tool_json     arguments of a tool call that are not JSON

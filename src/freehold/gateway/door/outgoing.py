@@ -22,18 +22,30 @@ PATHS: Final[Mapping[Endpoint, str]] = {
     "embeddings": "/embeddings",
 }
 
+CONTINUOUS: Final = "continuous_usage_stats"
+
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def body_for(request: Request, model_id: str, effort: Effort | None, limit: int | None, engine: str) -> bytes:
+def body_for(
+    request: Request,
+    model_id: str,
+    effort: Effort | None,
+    limit: int | None,
+    engine: str,
+    *,
+    continuous: bool = False,
+) -> bytes:
     """The body for an upstream that speaks the request's own API.
 
     limit: output tokens, if the request has no limit of its own. engine: its kind, for spellings that differ.
+    continuous: whether every chunk shall have the usage so far.
     """
     fields: dict[str, Any] = dict(raw_fields(request.body))
     fields["model"] = model_id
-    if request.stream and request.endpoint in ("chat", "completions") and not request.include_usage:
-        fields["stream_options"] = _members(fields.get("stream_options")) | {"include_usage": True}
+    if request.stream and request.endpoint in ("chat", "completions") and (continuous or not request.include_usage):
+        more = {"include_usage": True} | ({CONTINUOUS: True} if continuous else {})
+        fields["stream_options"] = _members(fields.get("stream_options")) | more
     if limit is not None and request.max_tokens is None:
         name = limit_field(request.endpoint, engine)
         if name is not None:

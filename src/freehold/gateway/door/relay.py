@@ -17,11 +17,12 @@ from freehold.gateway.call import Decision, Request, Target
 from freehold.gateway.config import Settings, Upstream
 from freehold.gateway.door.attempt import Attempt, Failed
 from freehold.gateway.door.reply import error_event
+from freehold.gateway.door.running_usage import without_usage
 from freehold.gateway.door.upstream import Answered, TooMuch, Upstreams
 from freehold.gateway.door.watch import Watch
 from freehold.gateway.door.wire import Wire, wire_for
 from freehold.gateway.http.outbound import Broken
-from freehold.gateway.http.sse import NotAStream, Splitter, data_of
+from freehold.gateway.http.sse import DONE, NotAStream, Splitter, data_of
 from freehold.gateway.parts import Header, Parts, Sampler
 from freehold.ledger import ErrorClass, Row
 
@@ -109,7 +110,14 @@ class Call:
                 failed = failed or _does_not_speak(self._request, target)
                 continue
             try:
-                body = wire.body(self._request, target, self._limit(wire), upstream.engine)
+                body = wire.body(
+                    self._request,
+                    target,
+                    self._limit(wire),
+                    upstream.engine,
+                    # Of several choices, engines count the one that the chunk is of.
+                    continuous=upstream.continuous_usage and self._request.choices == 1,
+                )
             except InvalidRequest as error:
                 failed = failed or Failed(error, "refused_here")
                 continue
@@ -301,11 +309,13 @@ class Exchange:
         end = watch.now() + times.total - (time.perf_counter() - attempt.started)
         splitter, translate = Splitter(), self._wire.stream(self._request)
         held = b""
-        drops_usage = not self._request.include_usage and self._request.endpoint in ("chat", "completions")
+        as_it_comes = translate is None and self._request.endpoint in ("chat", "completions")
+        drops_usage = as_it_comes and not self._request.include_usage
+        cuts_usage = as_it_comes and attempt.upstream.continuous_usage and not self._request.continuous_usage
         while data := await answer.next():
             events = splitter.feed(data)
             if events:
-                out = self._pass(events, time.perf_counter(), drops_usage and translate is None)
+                out = self._pass(events, time.perf_counter(), drops_usage, cuts_usage)
                 if meter.error_event is not None and not self.started:
                     return self._failed_at_once()
                 if translate is not None:
@@ -326,19 +336,22 @@ class Exchange:
             watch.until(min(end, watch.now() + (_AFTER_END if meter.complete else times.between_chunks)))
         return await self._ended(answer, translate.end() if translate is not None else b"")
 
-    def _pass(self, events: bytes, now: float, drops_usage: bool) -> bytes:
-        """The events as they came, noted; without the one that only has the usage that we asked for."""
+    def _pass(self, events: bytes, now: float, drops_usage: bool, cuts_usage: bool) -> bytes:
+        """The events as they came, noted; without the usage that we asked for, and not the client."""
         meter = self._attempt.meter
-        dropped = False
+        changed = False
         kept: list[bytes] = []
         for event in events.split(b"\n\n"):
             data = data_of(event)
             self._has_data = self._has_data or bool(data)
-            if data and meter.event(data, now) and drops_usage:
-                dropped = True
-            else:
-                kept.append(event)
-        return b"\n\n".join(kept) if dropped else events
+            only_usage = bool(data) and meter.event(data, now)
+            if only_usage and drops_usage:
+                changed = True
+                continue
+            if cuts_usage and data and not only_usage and data != DONE:
+                changed, event = True, without_usage(event, data, null=self._request.include_usage)
+            kept.append(event)
+        return b"\n\n".join(kept) if changed else events
 
     def _failed_at_once(self) -> Failed:
         self._attempt.error = "http"

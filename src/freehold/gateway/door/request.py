@@ -36,6 +36,7 @@ class _Metadata(Struct):
 
 class _StreamOptions(Struct):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class _HasEffort(Struct):
@@ -116,6 +117,7 @@ class RequestReader:
             headers=headers,
             stream=bool(facts.stream) and endpoint != "embeddings",
             include_usage=facts.stream_options is not None and bool(facts.stream_options.include_usage),
+            continuous_usage=facts.stream_options is not None and bool(facts.stream_options.continuous_usage_stats),
             max_tokens=_max_tokens(facts, endpoint),
             choices=_choices(facts, endpoint),
             effort=_effort(facts),

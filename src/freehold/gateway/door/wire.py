@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from freehold.errors import FreeholdError, InvalidRequest, UpstreamFailed
 from freehold.gateway.call import Endpoint, Request, Target
-from freehold.gateway.door.outgoing import PATHS, body_for
+from freehold.gateway.door.outgoing import CONTINUOUS, PATHS, body_for
 from freehold.gateway.door.reply import error_body
 from freehold.gateway.door.translate.as_chat import AsChatStream, whole_as_chat
 from freehold.gateway.door.translate.as_message import AsMessageStream, whole_as_message
@@ -41,8 +41,11 @@ class Wire(Protocol):
     def default_limit(self) -> int | None:
         """Output tokens of a request for which nobody names a limit, where the upstream's API wants one."""
 
-    def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
-        """Raises InvalidRequest: it cannot be said in the upstream's API."""
+    def body(
+        self, request: Request, target: Target, limit: int | None, engine: str, *, continuous: bool = False
+    ) -> bytes:
+        """continuous: whether every chunk shall have the usage so far. Raises InvalidRequest: it cannot be said in the
+        upstream's API."""
 
     def whole(self, body: bytes) -> bytes:
         """An answer in the client's API. Raises ValueError."""
@@ -63,8 +66,10 @@ class Same:
         self.endpoint = endpoint
         self.path = PATHS[endpoint]
 
-    def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
-        return body_for(request, target.model_id, target.effort, limit, engine)
+    def body(
+        self, request: Request, target: Target, limit: int | None, engine: str, *, continuous: bool = False
+    ) -> bytes:
+        return body_for(request, target.model_id, target.effort, limit, engine, continuous=continuous)
 
     def whole(self, body: bytes) -> bytes:
         return body
@@ -83,7 +88,9 @@ class ChatOverMessages:
     path = PATHS["messages"]
     default_limit: int | None = DEFAULT_LIMIT
 
-    def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
+    def body(
+        self, request: Request, target: Target, limit: int | None, engine: str, *, continuous: bool = False
+    ) -> bytes:
         effort = target.effort
         return encode(request_to_messages(decode(request.body), target.model_id, limit or DEFAULT_LIMIT, effort))
 
@@ -104,8 +111,13 @@ class MessagesOverChat:
     path = PATHS["chat"]
     default_limit: int | None = None
 
-    def body(self, request: Request, target: Target, limit: int | None, engine: str) -> bytes:
-        return encode(request_to_chat(decode(request.body), target.model_id, limit, target.effort, engine))
+    def body(
+        self, request: Request, target: Target, limit: int | None, engine: str, *, continuous: bool = False
+    ) -> bytes:
+        said = request_to_chat(decode(request.body), target.model_id, limit, target.effort, engine)
+        if continuous and request.stream:
+            said["stream_options"] = {**said.get("stream_options", {}), "include_usage": True, CONTINUOUS: True}
+        return encode(said)
 
     def whole(self, body: bytes) -> bytes:
         return _as_value_error(whole_as_message, body)

@@ -86,6 +86,9 @@ class PostgresStore(Store):
         if self._pool is not None:
             try:
                 await self.flush()
+                if self._serving:  # the others need not wait until they take this one for dead
+                    await self._pool.execute("DELETE FROM leases WHERE holder = $1", self.writer)
+                    await self._pool.execute("DELETE FROM followers WHERE writer = $1", self.writer)
             finally:
                 await self._pool.close()
                 self._pool = None
@@ -103,6 +106,10 @@ class PostgresStore(Store):
     async def fetch(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._unavailable():
             return [tuple(row) for row in await self._pool.fetch(sql, *values)]
+
+    async def statement(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement as a transaction of its own, which does not wait for what was appended before."""
+        return await self.fetch(sql, values)
 
     async def leads(self, name: str) -> bool:
         """Holds the lease, or takes it when its holder has not asked for `LEASE_SECONDS`: asked about once a second."""

@@ -14,6 +14,8 @@ Tables:
     keys           hashed keys made by `freehold gateway key new`
     decisions      what happened to experiments and on which figures, only ever added to
     leases         of PostgreSQL only: which gateway decides about which experiment now
+    followers      of PostgreSQL only: how far each gateway is with an experiment's share (`routing.crossing`)
+    pins           of PostgreSQL only: where conversations began, as far as a rising share made that a question
     audit          the hash-chained log
     secrets        of PostgreSQL only; with SQLite they are files beside it
     writers        the last batch of each gateway, so that a batch whose commit was in doubt is not written twice
@@ -89,6 +91,16 @@ CREATE TABLE writers (writer text PRIMARY KEY, batch bigint NOT NULL, at double 
 CREATE TABLE counters (name text PRIMARY KEY, number bigint NOT NULL);
 INSERT INTO counters (name, number) VALUES ('keys', 0), ('position', 0)
 """
+_AGREEING = """
+CREATE TABLE pins (
+    experiment text NOT NULL, conversation text NOT NULL, on_canary boolean NOT NULL, at double precision NOT NULL,
+    PRIMARY KEY (experiment, conversation)
+);
+CREATE TABLE followers (
+    experiment text NOT NULL, writer text NOT NULL, number bigint NOT NULL, level bigint NOT NULL,
+    until double precision NOT NULL, PRIMARY KEY (experiment, writer)
+)
+"""
 # What no statement may change afterwards: all of a row but the pseudonyms of a person who asks to be forgotten.
 _FIXED = """
     row_id, request_id, attempt, at, endpoint, key_id, team, alias, model_id, upstream, replica, engine, weights,
@@ -153,6 +165,7 @@ MIGRATIONS: tuple[Migration, ...] = (
         sqlite=_SQLITE_TRIGGERS,
         postgres=(*_POSTGRES_TRIGGERS, _POSTGRES_RESERVE),
     ),
+    Migration(both=tuple(statement.strip() for statement in _AGREEING.split(";"))),
 )
 
 

@@ -213,10 +213,12 @@ class Store(abc.ABC):
 
     # Experiments.
 
-    async def decisions(self, experiment: str) -> list[Decided]:
-        """The records of an experiment, by number."""
+    async def decisions(self, experiment: str, after: int = -1) -> list[Decided]:
+        """The records of an experiment whose number is above `after`, by number."""
         rows = await self.fetch(
-            "SELECT experiment, number, at, record FROM decisions WHERE experiment = $1 ORDER BY number", (experiment,)
+            "SELECT experiment, number, at, record FROM decisions WHERE experiment = $1 AND number > $2 "
+            "ORDER BY number",
+            (experiment, after),
         )
         return [Decided(name, number, at, json.loads(record)) for name, number, at, record in rows]
 
@@ -248,14 +250,15 @@ class Store(abc.ABC):
         )
         return [(position, Note(**dict(zip(Note.__struct_fields__, row, strict=True)))) for position, *row in rows]
 
-    async def conversations(self, experiment: str, since: float) -> list[tuple[str, str, float]]:
-        """Arm, conversation, and when it was last heard of: of an experiment's rows since a time, oldest first."""
+    async def conversations(self, experiment: str, since: float) -> list[tuple[str, str, float, float]]:
+        """Arm, conversation, its first and its last call: of an experiment's rows since a time, by last call."""
         rows = await self.fetch(
-            "SELECT arm, conversation, max(at) FROM calls WHERE experiment = $1 AND experiment <> '' AND at >= $2 "
+            "SELECT arm, conversation, min(at), max(at) FROM calls "
+            "WHERE experiment = $1 AND experiment <> '' AND at >= $2 "
             "AND conversation <> '' GROUP BY arm, conversation ORDER BY max(at)",
             (experiment, since),
         )
-        return [(arm, conversation, at) for arm, conversation, at in rows]
+        return [(arm, conversation, first, last) for arm, conversation, first, last in rows]
 
     @abc.abstractmethod
     async def leads(self, name: str) -> bool:
@@ -354,6 +357,7 @@ class Store(abc.ABC):
 
     async def _clear_out(self) -> float:
         await self.run(to.drop_old_reservations(day_of(time.time())))
+        await self.run(to.drop_old_pins(time.time() - DAY_SECONDS))
         if self._retention_days is not None:
             await self.prune(time.time() - self._retention_days * DAY_SECONDS)
         return PRUNE_EVERY_SECONDS

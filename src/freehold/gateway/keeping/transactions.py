@@ -231,6 +231,7 @@ def lead(name: str, holder: str, seconds: float) -> Transaction[bool]:
 def forget_user(user: str) -> Transaction[int]:
     """Blank a person's pseudonyms, and delete their texts. Returns how many rows there were."""
     yield Do("""DELETE FROM texts WHERE row_id IN (SELECT row_id FROM calls WHERE "user" = $1)""", (user,))
+    yield Do("""DELETE FROM pins WHERE conversation IN (SELECT conversation FROM calls WHERE "user" = $1)""", (user,))
     rows = yield Do(
         """UPDATE calls SET "user" = '', unit = '', conversation = '' WHERE "user" = $1 RETURNING row_id""", (user,)
     )
@@ -255,6 +256,12 @@ def prune(before: float, limit: int) -> Transaction[int]:
 def drop_old_reservations(today: int) -> Transaction[None]:
     """Reservations of days before yesterday hold nothing any more. (Yesterday's calls may still run.)"""
     yield Do("DELETE FROM reservations WHERE day < $1", (today - 1,))
+
+
+def drop_old_pins(before: float) -> Transaction[None]:
+    """Where conversations that ended long ago began, and gateways that are gone."""
+    yield Do("DELETE FROM pins WHERE at < $1", (before,))
+    yield Do("DELETE FROM followers WHERE until < $1", (before,))
 
 
 def release_stranded(writers: Sequence[str]) -> Transaction[int]:

@@ -74,12 +74,14 @@ class Pins:
     share only grows. When it shrinks (a rollback), leaving the canary is what is wanted.
     """
 
-    __slots__ = ("_seen", "idle_seconds", "most")
+    __slots__ = ("_held", "_seen", "canary", "idle_seconds", "most")
 
     def __init__(self, idle_seconds: float = PIN_SECONDS, most: int = 100_000) -> None:
         self.idle_seconds = idle_seconds
         self.most = most
+        self.canary: set[str] = set()  # of those whose unit a rising share just reaches: known to be the canary's
         self._seen: OrderedDict[str, float] = OrderedDict()  # by last request
+        self._held: dict[str, float] = {}  # those that were kept from the canary lately
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -96,3 +98,22 @@ class Pins:
         seen.move_to_end(conversation)
         while len(seen) > self.most or now - next(iter(seen.values())) > self.idle_seconds:
             seen.popitem(last=False)
+
+    def hold(self, conversation: str, now: float) -> None:
+        """It was kept from the canary, and lives."""
+        self._held[conversation] = now
+        self.pin(conversation, now)
+
+    def held(self) -> dict[str, float]:
+        """Those that were kept from the canary since this was asked the last time, and when last."""
+        held, self._held = self._held, {}
+        return held
+
+    def living(self, now: float) -> dict[str, float]:
+        """All that live, and their last requests."""
+        return {conversation: at for conversation, at in self._seen.items() if now - at <= self.idle_seconds}
+
+    def to_canary(self, conversation: str) -> None:
+        """It began on the canary, on another gateway."""
+        self._seen.pop(conversation, None)
+        self.canary.add(conversation)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, get_args
 
-from freehold.errors import FreeholdError, NotFound, PolicyRefused, UnsupportedField
+from freehold.errors import FreeholdError, NotFound, PolicyRefused, Unavailable, UnsupportedField
 from freehold.gateway import config
 from freehold.gateway.call import Caller, Decision, Effort, Request, Target
 from freehold.gateway.config import Settings
@@ -41,6 +41,10 @@ class Standing(Protocol):
     def aa(self) -> bool:
         """Both arms are the control, under two names."""
 
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """The units whose new conversations gateways agree about one by one, while the share rises."""
+
 
 class Experiments(Protocol):
     """Who decides how far each canary has come."""
@@ -55,6 +59,15 @@ class Fixed:
 
     share: float
     aa: bool = False
+    band: tuple[float, float] | None = None
+
+
+class Unclaimed(Unavailable):
+    """Which arm a conversation has must be agreed with the other gateways first: `Router.settle`."""
+
+    def __init__(self, experiment: str, conversation: str) -> None:
+        super().__init__("the gateways are just agreeing about an experiment", retry_after=1)
+        self.experiment, self.conversation = experiment, conversation
 
 
 class FirstSteps:
@@ -130,7 +143,7 @@ class Table:
         return [alias for alias in self._models if not caller.models or alias in caller.models]
 
     def decide(self, request: Request) -> Decision:
-        """See `parts.Router`. Raises NotFound, PolicyRefused, UnsupportedField."""
+        """See `parts.Router`. Raises NotFound, PolicyRefused, UnsupportedField, Unclaimed."""
         alias, caller = request.alias, request.caller
         if alias not in self._models or (caller.models and alias not in caller.models):
             raise NotFound(f"there is no model {alias[:128]!r} for this key; see /v1/models", param="model")
@@ -176,7 +189,13 @@ class Table:
 
     def _assign(self, split: _Split, standing: Standing, unit: str, request: Request) -> _Arm:
         conversation, at = request.conversation, request.at
-        drawn = split.points(unit) < standing.share
+        point = split.points(unit)
+        drawn = point < standing.share
+        if standing.band is not None and conversation and standing.band[0] <= point < standing.band[1]:
+            if conversation in split.pins.canary:
+                return split.canary
+            if not split.pins.holds(conversation, at):
+                raise Unclaimed(split.name, conversation)
         if standing.aa:
             # Whatever name it has: this conversation began on the control's model, and must stay there.
             if conversation:
@@ -187,7 +206,7 @@ class Table:
                 split.pins.pin(conversation, at)
             return split.control
         if conversation and split.pins.holds(conversation, at):
-            split.pins.pin(conversation, at)
+            split.pins.hold(conversation, at)
             return split.control
         return split.canary
 

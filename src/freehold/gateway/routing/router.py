@@ -13,10 +13,11 @@ import time
 from freehold.gateway.call import Caller, Decision, Request, Target
 from freehold.gateway.config import Settings
 from freehold.gateway.parts import Replica as AnyReplica
+from freehold.gateway.routing.crossing import Crossings
 from freehold.gateway.routing.fleet import Fleet
 from freehold.gateway.routing.probes import Auth
 from freehold.gateway.routing.replicas import Clock, Replica
-from freehold.gateway.routing.route import Experiments, Table
+from freehold.gateway.routing.route import Experiments, Table, Unclaimed
 from freehold.ledger import Row
 
 
@@ -30,14 +31,34 @@ class Router:
         experiments: Experiments,
         auth: Auth,
         clock: Clock = time.monotonic,
+        crossings: Crossings | None = None,
     ) -> None:
+        """crossings: where several gateways have one database; then they are the experiments, too."""
         self._secret = secret
         self._experiments = experiments
+        self._crossings = crossings
         self._table = Table(settings, secret, experiments)
         self.fleet = Fleet(settings, auth, clock)
+        if crossings is not None:
+            crossings.pins = lambda experiment: self._table.pins.get(experiment)
 
     def decide(self, request: Request) -> Decision:
         return self._table.decide(request)
+
+    @property
+    def crossing(self) -> bool:
+        """See `parts.Router`."""
+        return self._crossings is not None and self._crossings.open
+
+    async def settle(self, request: Request) -> None:
+        """See `parts.Router`."""
+        while self._crossings is not None:
+            try:
+                self._table.decide(request)
+            except Unclaimed as asked:
+                await self._crossings.claim(asked.experiment, asked.conversation, request.at)
+            else:
+                return
 
     def aliases(self, caller: Caller) -> list[str]:
         """What `/v1/models` lists for a caller."""
