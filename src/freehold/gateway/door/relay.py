@@ -342,7 +342,7 @@ class Exchange:
         changed = False
         kept: list[bytes] = []
         for event in events.split(b"\n\n"):
-            data = data_of(event)
+            data = data_of(event) if event else b""
             self._has_data = self._has_data or bool(data)
             only_usage = bool(data) and meter.event(data, now)
             if only_usage and drops_usage:

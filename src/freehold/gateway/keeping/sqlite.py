@@ -33,6 +33,7 @@ T = TypeVar("T")
 FILE = "ledger.sqlite3"
 BUSY_SECONDS = 5.0
 RETRY_SECONDS = 0.5
+READERS = 4  # connections that are kept for reading
 # What SQLite and its driver say of values that they do not take. (A damaged file is a plain DatabaseError.)
 REFUSED = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
@@ -55,11 +56,13 @@ class SqliteStore(Store):
         self.path = folder / FILE
         self._serving = serving
         self._jobs: queue.SimpleQueue[Callable[[sqlite3.Connection], None]] = queue.SimpleQueue()
-        self._wake = threading.Event()
+        self._wake = threading.Event()  # a job, or the end
+        self._arrived = threading.Event()  # that, or something was appended to nothing
         self._ending = False
         self._thread: threading.Thread | None = None
         self._lock: int | None = None
         self._looking: sqlite3.Connection | None = None
+        self._readers: deque[sqlite3.Connection] = deque()  # that nobody uses now
 
     async def start(self) -> None:
         """See `Store.start`. Raises ConfigError if another gateway has the folder, or the file is no such database."""
@@ -82,9 +85,11 @@ class SqliteStore(Store):
             self._looking = None
         if self._thread is not None:
             self._ending = True
-            self._wake.set()
+            self._wake_writer()
             await asyncio.to_thread(self._thread.join)
             self._thread = None
+        while self._readers:
+            self._readers.pop().close()
         self._unlock()
         if self._failure:
             raise Unavailable(f"{self._failure}; the last calls are not in it")
@@ -104,13 +109,7 @@ class SqliteStore(Store):
             return []
         try:
             if self._looking is None:
-                self._looking = sqlite3.connect(
-                    f"{self.path.absolute().as_uri()}?mode=ro",
-                    uri=True,
-                    timeout=0,
-                    isolation_level=None,
-                    check_same_thread=False,
-                )
+                self._looking = self._reader(0.0)
             return key_records(self._looking.execute(KEYS).fetchall())
         except sqlite3.Error:  # the next request looks again, and so does the watch
             return []
@@ -180,10 +179,25 @@ class SqliteStore(Store):
             self._lock = None
 
     def _read(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        with contextlib.closing(
-            sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
-        ) as connection:
-            return connection.execute(_numbered(sql), values).fetchall()
+        """On a connection that is kept: to open one, SQLite reads the whole schema."""
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self._reader(BUSY_SECONDS)
+        try:
+            found = connection.execute(_numbered(sql), values).fetchall()
+        except BaseException:
+            connection.close()
+            raise
+        if self._ending or len(self._readers) >= READERS:
+            connection.close()
+        else:
+            self._readers.append(connection)
+        return found
+
+    def _reader(self, timeout: float) -> sqlite3.Connection:
+        address = f"{self.path.absolute().as_uri()}?mode=ro"
+        return sqlite3.connect(address, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
 
     async def _on_writer(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Do a job on the writer's thread, at once, but after what was appended before. Raises Unavailable if that
@@ -208,8 +222,17 @@ class SqliteStore(Store):
                 loop.call_soon_threadsafe(answer, give)
 
         self._jobs.put(work)
-        self._wake.set()
+        self._wake_writer()
         return await future
+
+    def _gather(self, item: to.AppendedItem) -> None:
+        super()._gather(item)
+        if len(self._appended) == 1:  # the writer may wait for it; of later ones it knows
+            self._arrived.set()
+
+    def _wake_writer(self) -> None:
+        self._wake.set()
+        self._arrived.set()
 
     # On the writer's thread.
 
@@ -218,6 +241,9 @@ class SqliteStore(Store):
         batches: list[to.Batch] = []
         last_try = math.inf
         while True:
+            if not (batches or self._appended):
+                self._arrived.wait()
+            self._arrived.clear()
             self._wake.wait(RETRY_SECONDS if batches else self.flush_seconds)
             self._wake.clear()
             if self._ending and last_try == math.inf:

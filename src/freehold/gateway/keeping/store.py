@@ -118,23 +118,26 @@ class Store(abc.ABC):
 
     def append(self, row: Row) -> None:
         """Take a row. Never blocks; never fails: if the database cannot be written, `trouble` says so."""
-        self._appended.append(row)
+        self._gather(row)
 
     def note(self, note: Note) -> None:
         """Take a late fact about a row."""
-        self._appended.append(note)
+        self._gather(note)
 
     def keep(self, text: Text) -> None:
         """Take a call's text, redacted already."""
-        self._appended.append(text)
+        self._gather(text)
 
     def reserve(self, reservation: Reservation) -> None:
         """Write down what a running call may cost, for whoever opens the database after a crash."""
-        self._appended.append(reservation)
+        self._gather(reservation)
 
     def release(self, reservation_id: str) -> None:
         """The call ended, and its rows were appended before."""
-        self._appended.append(Released(reservation_id))
+        self._gather(Released(reservation_id))
+
+    def _gather(self, item: to.AppendedItem) -> None:
+        self._appended.append(item)
 
     @property
     def trouble(self) -> str:
