@@ -52,7 +52,7 @@ class Sizes:
 
 
 QUICK = Sizes(rounds=1, closed=1000, steady=60, half=1.5, streams=15)
-FULL = Sizes(rounds=3, closed=12_000, steady=600, half=15.0, streams=150)
+FULL = Sizes(rounds=3, closed=12_000, steady=400, half=10.0, streams=100)
 
 
 def settings(arms: tuple[str, str]) -> str:

@@ -19,10 +19,11 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\
 
 class Upstream:
     """Answers requests on raw sockets. answers: what is sent for each request, in turn, the last one from then on; None
-    closes the connection without a word."""
+    closes the connection without a word. closes: it is closed soon after each answer, and nothing says so."""
 
-    def __init__(self, *answers: bytes | None) -> None:
+    def __init__(self, *answers: bytes | None, closes: bool = False) -> None:
         self.answers = answers
+        self.closes = closes
         self.connections = 0
         self.requests = 0
         self.open: set[asyncio.StreamWriter] = set()
@@ -44,6 +45,9 @@ class Upstream:
                     break
                 writer.write(answer)
                 await writer.drain()
+                if self.closes:
+                    await asyncio.sleep(0.005)
+                    break
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -68,8 +72,8 @@ async def client() -> AsyncIterator[Http11]:
 async def started() -> AsyncIterator[Start]:
     running: list[Upstream] = []
 
-    async def start(*answers: bytes | None) -> Upstream:
-        upstream = Upstream(*answers)
+    async def start(*answers: bytes | None, closes: bool = False) -> Upstream:
+        upstream = Upstream(*answers, closes=closes)
         await upstream.start()
         running.append(upstream)
         return upstream
@@ -95,7 +99,15 @@ async def test_calls_one_after_another_use_one_connection(answer: bytes, client:
     upstream = await started(answer)
     for _ in range(10):
         assert await ask(client, upstream) == b"hi"
+        if answer is CHUNKED:
+            await asyncio.sleep(http_client.REST_SECONDS)
     assert upstream.connections == 1
+
+
+async def test_a_server_may_close_after_a_stream_without_saying_so(client: Http11, started: Start) -> None:
+    upstream = await started(CHUNKED, closes=True)
+    for _ in range(10):
+        assert await ask(client, upstream) == b"hi"
 
 
 async def test_calls_at_once_have_a_connection_each_and_leave_them_to_others(client: Http11, started: Start) -> None:

@@ -1,10 +1,11 @@
 """An HTTP/1.1 client for one thing: posting a body to a fixed address and reading the answer as it comes, on llhttp
 (httptools), over plain TCP or TLS. See docs/decisions/0007.
 
-Connections are kept and used again, the latest first; one that has idled for `IDLE_SECONDS` is closed. One that idled
-and is lost without a byte of an answer was closed by the upstream as the request went out: the request then goes out
-once more, on a new connection. Nothing else is tried again, and nothing followed or decompressed. Whoever reads slowly
-makes the upstream wait.
+Connections are kept and used again, the latest first; one that has idled for `IDLE_SECONDS` is closed. After a chunked
+answer one rests first: some servers (llama.cpp's) close it then, and do not say so before. One that idled and is lost
+without a byte of an answer was closed by the upstream as the request went out: the request then goes out once more, on
+a new connection. Nothing else is tried again, and nothing followed or decompressed. Whoever reads slowly makes the
+upstream wait.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from freehold.gateway.policy import is_local_address
 
 IDLE_SECONDS: Final = 20.0  # shorter than servers keep theirs: a request on one that is just being closed is lost
 STALE_SECONDS: Final = 1.0  # of idling, after which the upstream may have closed it: no server's timeout is shorter
+REST_SECONDS: Final = 0.05
 MAX_HEADER_BYTES: Final = 65_536
 _PAUSE_BYTES: Final = 1 << 18
 _WRITE_HIGH: Final = 1 << 20
@@ -99,12 +101,15 @@ class _Pool:
         self.port = parts.port or (443 if self.tls is not None else 80)
         target = (parts.path or "/").encode("ascii")
         self.request_line = b"POST %b HTTP/1.1\r\nhost: %b\r\n" % (target, parts.netloc.encode("idna"))
-        self.idle: list[tuple[_Connection, float]] = []
+        self.idle: list[tuple[_Connection, float]] = []  # and from when on
 
     def take(self, now: float) -> tuple[_Connection | None, float]:
         """One that can be used, and for how many seconds nobody did."""
-        while self.idle:
-            connection, since = self.idle.pop()
+        for index in range(len(self.idle) - 1, -1, -1):
+            connection, since = self.idle[index]
+            if since > now:
+                continue
+            del self.idle[index]
             if not connection.transport.is_closing() and now - since < IDLE_SECONDS:
                 return connection, now - since
             connection.transport.abort()
@@ -226,12 +231,13 @@ class _Connection(asyncio.Protocol):
         return response
 
     def end(self, *, reusable: bool) -> None:
-        if self._response is None:
+        response, self._response = self._response, None
+        if response is None:
             return
-        self._response = None
         if reusable and self._keeps and not self.transport.is_closing():
             self.go_on()
-            self._pool.idle.append((self, self.loop.time()))
+            rest = REST_SECONDS if "transfer-encoding" in response.fields else 0.0
+            self._pool.idle.append((self, self.loop.time() + rest))
         else:
             self.transport.abort()  # ends the generation behind it at once
 
