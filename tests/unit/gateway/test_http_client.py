@@ -24,6 +24,7 @@ class Upstream:
     def __init__(self, *answers: bytes | None, closes: bool = False) -> None:
         self.answers = answers
         self.closes = closes
+        self.thinks = 0.0  # seconds before each answer
         self.connections = 0
         self.requests = 0
         self.open: set[asyncio.StreamWriter] = set()
@@ -41,6 +42,7 @@ class Upstream:
                 await reader.readexactly(size)
                 answer = self.answers[min(self.requests, len(self.answers) - 1)]
                 self.requests += 1
+                await asyncio.sleep(self.thinks)
                 if answer is None:
                     break
                 writer.write(answer)
@@ -157,7 +159,8 @@ async def test_one_that_idled_and_is_lost_under_the_request_is_replaced(
 ) -> None:
     upstream = await started(ANSWER, None, ANSWER)
     await ask(client, upstream)
-    monkeypatch.setattr(http_client, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(http_client, "STALE_SECONDS", 0.2)
+    await asyncio.sleep(0.25)
     assert await ask(client, upstream) == b"hi"
     assert (upstream.connections, upstream.requests) == (2, 3)
 
@@ -171,10 +174,7 @@ async def test_one_that_was_just_used_is_not_asked_twice(client: Http11, started
     assert upstream.requests == 2
 
 
-async def test_a_new_connection_that_is_lost_is_not_replaced(
-    client: Http11, started: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_client, "STALE_SECONDS", 0.0)
+async def test_a_new_connection_that_is_lost_is_not_replaced(client: Http11, started: Start) -> None:
     upstream = await started(None, ANSWER)
     with pytest.raises(Broken):
         await ask(client, upstream)
@@ -184,9 +184,10 @@ async def test_a_new_connection_that_is_lost_is_not_replaced(
 async def test_an_answer_that_began_is_not_asked_for_again(
     client: Http11, started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_client, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(http_client, "STALE_SECONDS", 0.2)
     upstream = await started(ANSWER, b"HTTP/1.1 200 OK\r\nconte", ANSWER)
     await ask(client, upstream)
+    await asyncio.sleep(0.25)
 
     async def cut() -> None:
         while upstream.requests < 2:
@@ -213,3 +214,79 @@ async def test_connections_that_idle_too_long_are_closed(
             break
         await asyncio.sleep(0.02)
     assert not upstream.open
+
+
+async def test_what_was_lost_after_a_while_is_not_asked_again(
+    client: Http11, started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upstream may have worked on it all that time."""
+    monkeypatch.setattr(http_client, "STALE_SECONDS", 0.1)
+    upstream = await started(ANSWER, None, ANSWER)
+    await ask(client, upstream)
+    await asyncio.sleep(0.15)
+    upstream.thinks = 0.2
+    with pytest.raises(Broken):
+        await ask(client, upstream)
+    assert upstream.requests == 2
+
+
+async def test_calls_that_outlast_a_sweep_leave_no_connection_behind(
+    client: Http11, started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "IDLE_SECONDS", 0.1)
+    upstream = await started(ANSWER)
+    await ask(client, upstream)
+    response = await client.post(upstream.url, b"", b"{}", 5.0)
+    await asyncio.sleep(0.3)
+    while await response.next():
+        pass
+    response.close()
+    for _ in range(100):
+        if not upstream.open:
+            break
+        await asyncio.sleep(0.02)
+    assert not upstream.open
+
+
+async def test_an_old_connection_makes_room_for_a_new_one(
+    client: Http11, started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "OLDEST_SECONDS", 0.0)
+    upstream = await started(ANSWER)
+    for count in range(1, 4):
+        await ask(client, upstream)
+        assert upstream.connections == count
+
+
+async def test_air_gapped_from_now_on_no_connection_to_the_outside_is_used(
+    client: Http11, started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "is_local_address", lambda address: False)
+    upstream = await started(ANSWER)
+    await ask(client, upstream)
+    client.local_only = True
+    with pytest.raises(Broken, match="air-gapped"):
+        await ask(client, upstream)
+    assert upstream.requests == 1
+
+
+async def test_closing_an_answer_twice_leaves_the_next_call_alone(client: Http11, started: Start) -> None:
+    upstream = await started(ANSWER)
+    first = await client.post(upstream.url, b"", b"{}", 5.0)
+    while await first.next():
+        pass
+    first.close()
+    second = await client.post(upstream.url, b"", b"{}", 5.0)
+    first.close()
+    assert await second.next() == b"hi"
+    second.close()
+    assert upstream.connections == 1
+
+
+async def test_trailers_are_no_headers(client: Http11, started: Start) -> None:
+    upstream = await started(CHUNKED.replace(b"0\r\n\r\n", b"0\r\nx-late: 1\r\n\r\n"))
+    response = await client.post(upstream.url, b"", b"{}", 5.0)
+    while await response.next():
+        pass
+    assert "x-late" not in response.fields
+    response.close()

@@ -3,15 +3,16 @@
 
 Connections are kept and used again, the latest first; one that has idled for `IDLE_SECONDS` is closed. After a chunked
 answer one rests first: some servers (llama.cpp's) close it then, and do not say so before. One that idled and is lost
-without a byte of an answer was closed by the upstream as the request went out: the request then goes out once more, on
-a new connection. Nothing else is tried again, and nothing followed or decompressed. Whoever reads slowly makes the
-upstream wait.
+at once, without a byte of an answer, was closed by the upstream as the request went out: nobody works on that request,
+and it goes out again on a new connection. Nothing else is tried again, and nothing followed or decompressed. Whoever
+reads slowly makes the upstream wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -20,8 +21,9 @@ import httptools
 from freehold.gateway.http.outbound import Broken
 from freehold.gateway.policy import is_local_address
 
-IDLE_SECONDS: Final = 20.0  # shorter than servers keep theirs: a request on one that is just being closed is lost
-STALE_SECONDS: Final = 1.0  # of idling, after which the upstream may have closed it: no server's timeout is shorter
+IDLE_SECONDS: Final = 4.0  # shorter than most servers keep theirs (uvicorn: 5 s)
+OLDEST_SECONDS: Final = 300.0  # then a new connection asks the name again: what it means may have changed
+STALE_SECONDS: Final = 1.0  # idle at least so long before the request, and lost at most so long after it
 REST_SECONDS: Final = 0.05
 MAX_HEADER_BYTES: Final = 65_536
 _PAUSE_BYTES: Final = 1 << 18
@@ -45,16 +47,15 @@ class Http11:
         """
         pool = self._pools.get(url)
         if pool is None:
-            pool = self._pools[url] = _Pool(url, self._tls)
+            pool = self._pools[url] = _Pool(url, self._tls, self._watch_idle)
         message = b"%b%bcontent-length: %d\r\n\r\n%b" % (pool.request_line, head, len(body), body)
-        if self._sweeper is None:
-            self._sweeper = self._loop.call_later(IDLE_SECONDS / 2, self._sweep)
-        kept, idled = pool.take(self._loop.time())
+        now = self._loop.time()
+        kept, idled = pool.take(now, local_only=self.local_only)
         if kept is not None:
             try:
                 return await kept.ask(message)
             except Broken:
-                if idled < STALE_SECONDS or kept.heard:
+                if kept.heard or idled < STALE_SECONDS or self._loop.time() - now > STALE_SECONDS:
                     raise
         return await (await self._connect(pool, connect_seconds)).ask(message)
 
@@ -73,10 +74,14 @@ class Http11:
         except OSError as error:  # refused, no such name, a certificate that is not trusted
             words = error.strerror or str(error) or type(error).__name__
             raise Broken(f"cannot connect: {words}", before_answer=True) from None
-        if self.local_only and not is_local_address(str(connection.transport.get_extra_info("peername")[0])):
+        if self.local_only and not connection.is_local:
             connection.transport.abort()
             raise Broken(f"air-gapped: {pool.host} is not a local address", before_answer=True)
         return connection
+
+    def _watch_idle(self) -> None:
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(IDLE_SECONDS / 2, self._sweep)
 
     def _sweep(self) -> None:
         now = self._loop.time()
@@ -94,7 +99,7 @@ class Http11:
 class _Pool:
     """One address: its idle connections, the one used last at the end."""
 
-    def __init__(self, url: str, tls: ssl.SSLContext) -> None:
+    def __init__(self, url: str, tls: ssl.SSLContext, on_idle: Callable[[], None]) -> None:
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.tls = tls if parts.scheme == "https" else None
@@ -102,15 +107,22 @@ class _Pool:
         target = (parts.path or "/").encode("ascii")
         self.request_line = b"POST %b HTTP/1.1\r\nhost: %b\r\n" % (target, parts.netloc.encode("idna"))
         self.idle: list[tuple[_Connection, float]] = []  # and from when on
+        self._on_idle = on_idle
 
-    def take(self, now: float) -> tuple[_Connection | None, float]:
+    def give(self, connection: _Connection, since: float) -> None:
+        """One that nobody uses, and from when on it may be used again."""
+        self.idle.append((connection, since))
+        self._on_idle()
+
+    def take(self, now: float, *, local_only: bool) -> tuple[_Connection | None, float]:
         """One that can be used, and for how many seconds nobody did."""
         for index in range(len(self.idle) - 1, -1, -1):
             connection, since = self.idle[index]
             if since > now:
                 continue
             del self.idle[index]
-            if not connection.transport.is_closing() and now - since < IDLE_SECONDS:
+            good = not connection.transport.is_closing() and now - since < IDLE_SECONDS
+            if good and (connection.is_local or not local_only):
                 return connection, now - since
             connection.transport.abort()
         return None, 0.0
@@ -158,12 +170,12 @@ class Response:
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._size = 0
-        self._connection.go_on()
+        self._connection.go_on(self)
         return data
 
     def close(self) -> None:
-        """Give the connection back, if the answer came whole; else end it."""
-        self._connection.end(reusable=self.complete)
+        """Give the connection back, if the answer came whole; else end it. Again: nothing."""
+        self._connection.end(self)
 
     async def _wait(self) -> None:
         self._waiter = self._connection.loop.create_future()
@@ -196,11 +208,13 @@ class _Connection(asyncio.Protocol):
         "_fields",
         "_header_bytes",
         "_keeps",
+        "_made",
         "_parser",
         "_paused",
         "_pool",
         "_response",
         "heard",
+        "is_local",
         "loop",
         "transport",
     )
@@ -209,6 +223,8 @@ class _Connection(asyncio.Protocol):
         self.loop = loop
         self.transport: Any = None
         self.heard = False  # a byte came since the request
+        self.is_local = False
+        self._made = loop.time()
         self._pool = pool
         self._response: Response | None = None
         self._parser: Any = None
@@ -230,19 +246,20 @@ class _Connection(asyncio.Protocol):
             raise
         return response
 
-    def end(self, *, reusable: bool) -> None:
-        response, self._response = self._response, None
-        if response is None:
-            return
-        if reusable and self._keeps and not self.transport.is_closing():
-            self.go_on()
-            rest = REST_SECONDS if "transfer-encoding" in response.fields else 0.0
-            self._pool.idle.append((self, self.loop.time() + rest))
+    def end(self, response: Response) -> None:
+        """The answer is not read any further."""
+        if self._response is not response:
+            return  # it has ended, and this may be another call's by now
+        now = self.loop.time()
+        if response.complete and self._keeps and now - self._made < OLDEST_SECONDS and not self.transport.is_closing():
+            self.go_on(response)
+            self._pool.give(self, now + REST_SECONDS if "transfer-encoding" in response.fields else now)
         else:
             self.transport.abort()  # ends the generation behind it at once
+        self._response = None
 
-    def go_on(self) -> None:
-        if self._paused:
+    def go_on(self, response: Response) -> None:
+        if self._paused and self._response is response:
             self._paused = False
             self.transport.resume_reading()
 
@@ -250,6 +267,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        self.is_local = is_local_address(str(transport.get_extra_info("peername")[0]))
         transport.set_write_buffer_limits(high=_WRITE_HIGH)
 
     def data_received(self, data: bytes) -> None:
@@ -299,7 +317,7 @@ class _Connection(asyncio.Protocol):
         if response is None or status < 200:  # 100 Continue and the like come before the answer
             return
         response.status = status
-        response.fields = self._fields
+        response.fields, self._fields = self._fields, {}  # what comes after the body is no header
         response.has_head = True
         response.wake()
 

@@ -32,7 +32,8 @@ class Incoming(Protocol):
 
 
 class Outbound(Protocol):
-    """Redirects are not followed, cookies not kept, proxies of the environment not used, nothing is retried.
+    """Redirects are not followed, cookies not kept, proxies of the environment not used. Nothing is retried, but for a
+    request that met a kept connection which the upstream was just closing.
 
     local_only: connect to private and loopback addresses only, whatever a name may have come to mean.
     """
