@@ -19,8 +19,9 @@ from freehold.gateway.metrics import GatewayMetrics
 from freehold.gateway.parts import Parts
 from freehold.gateway.policy import check_addresses
 from freehold.gateway.routing.admin import admin_routes
+from freehold.gateway.routing.agreement import aa_until, change_of
 from freehold.gateway.routing.assign import PIN_SECONDS
-from freehold.gateway.routing.crossing import Crossings, aa_until, change_of
+from freehold.gateway.routing.crossing import Crossings
 from freehold.gateway.routing.router import Router
 from freehold.gateway.routing.savings import Savings
 from freehold.gateway.telemetry import exporting

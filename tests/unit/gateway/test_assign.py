@@ -92,3 +92,14 @@ def test_a_late_row_does_not_make_a_pin_older() -> None:
     pins.pin("c", 100)
     pins.pin("c", 50)
     assert pins.holds("c", 150)
+
+
+def test_what_is_heard_of_elsewhere_is_remembered_in_order_and_takes_no_place_from_the_living() -> None:
+    pins = Pins(idle_seconds=60, most=4)
+    pins.pin("living", 100.0)
+    pins.pin("also", 101.0)
+    pins.recall([("old", 50.0), ("older", 45.0), ("oldest", 44.0), ("old", 43.0), ("living", 70.0)])
+    assert list(pins.living(101.0).items()) == [("older", 45.0), ("old", 50.0), ("living", 100.0), ("also", 101.0)]
+    pins.recall([("living", 102.0)])  # on another gateway
+    pins.pin("new", 103.0)
+    assert list(pins.living(103.0)) == ["old", "also", "living", "new"]

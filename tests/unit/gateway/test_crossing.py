@@ -21,7 +21,8 @@ from freehold.gateway.keeping import postgres as postgres_module
 from freehold.gateway.keeping.pins import SharedPins
 from freehold.gateway.keeping.postgres import PostgresStore
 from freehold.gateway.routing import crossing as crossing_module
-from freehold.gateway.routing.crossing import Agreed, Change, Crossings, aa_until
+from freehold.gateway.routing.agreement import Change, aa_until
+from freehold.gateway.routing.crossing import Agreed, Crossings
 from freehold.gateway.routing.router import Router
 from freehold.ledger import Row
 from tests.canarying import NAME
@@ -285,6 +286,18 @@ async def test_one_that_stalls_joins_again_before_it_decides(start: Callable[...
     assert second.router.crossing
     assert {name: await second.ask(name) for name in names} == there
     assert second.number() == 1
+
+
+async def test_who_is_taken_for_dead_can_claim_nothing(start: Callable[..., Gateway]) -> None:
+    gateway = await start().start()
+    shared = SharedPins(gateway.store)
+    assert await shared.claim(NAME, "before", True) is True
+    assert await shared.claim(NAME, "before", False) is True
+    await gateway.rest()
+    await asyncio.sleep(LIVE + 0.1)
+    assert await shared.claim(NAME, "before", True) is None
+    assert await shared.claim(NAME, "after", False) is None
+    assert [each.name for each in await shared.shared(NAME, 0.0)] == ["before"]
 
 
 async def test_without_the_database_what_is_not_known_is_refused(

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from freehold.gateway.keeping.postgres import PostgresStore
-from freehold.gateway.routing.crossing import LIVE_SECONDS, Change, Conversation, Mark, change_of
+from freehold.gateway.routing.agreement import Change, Conversation, Mark, change_of
+from freehold.gateway.routing.crossing import LIVE_SECONDS
 
 _NOW = "extract(epoch FROM clock_timestamp())"
 _AT_ONCE = 5000
@@ -28,12 +29,13 @@ INSERT INTO pins (experiment, conversation, on_canary, at)
 SELECT $1, conversation, false, at FROM unnest($2::text[], $3::double precision[]) AS given (conversation, at)
 ON CONFLICT (experiment, conversation) DO UPDATE SET at = greatest(pins.at, excluded.at)"""
 _CLAIM = f"""
-INSERT INTO pins (experiment, conversation, on_canary, at) VALUES ($1, $2, $3, {_NOW})
+INSERT INTO pins (experiment, conversation, on_canary, at) SELECT $1::text, $2::text, $3::boolean, {_NOW}
+WHERE EXISTS (SELECT FROM followers WHERE experiment = $1 AND writer = $4 AND until > {_NOW})
 ON CONFLICT (experiment, conversation) DO UPDATE SET at = greatest(pins.at, excluded.at) RETURNING on_canary"""
 
 
 class SharedPins:
-    """A `crossing.Shared`."""
+    """An `agreement.Shared`."""
 
     def __init__(self, store: PostgresStore) -> None:
         self._store = store
@@ -62,9 +64,9 @@ class SharedPins:
         )
         return [Conversation(*row) for row in rows]
 
-    async def claim(self, experiment: str, conversation: str, on_canary: bool) -> bool:
-        rows = await self._store.statement(_CLAIM, (experiment, conversation, on_canary))
-        return bool(rows[0][0])
+    async def claim(self, experiment: str, conversation: str, on_canary: bool) -> bool | None:
+        rows = await self._store.statement(_CLAIM, (experiment, conversation, on_canary, self._store.writer))
+        return bool(rows[0][0]) if rows else None
 
     async def in_ledger(self, experiment: str, since: float) -> list[tuple[str, str, float, float]]:
         return await self._store.conversations(experiment, since)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from operator import itemgetter
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -98,6 +99,17 @@ class Pins:
         seen.move_to_end(conversation)
         while len(seen) > self.most or now - next(iter(seen.values())) > self.idle_seconds:
             seen.popitem(last=False)
+
+    def recall(self, found: Iterable[tuple[str, float]]) -> None:
+        """Remember more, heard of elsewhere: conversations and their last requests (epoch seconds), in any order. Each
+        gets its place by that, so that beyond the maximum the quietest are forgotten, not the living."""
+        seen = self._seen
+        later: dict[str, float] = {}
+        for conversation, at in found:
+            if at > max(seen.get(conversation, -math.inf), later.get(conversation, -math.inf)):
+                later[conversation] = at
+        if later:
+            self._seen = OrderedDict(sorted((seen | later).items(), key=itemgetter(1))[-self.most :])
 
     def hold(self, conversation: str, now: float) -> None:
         """It was kept from the canary, and lives."""

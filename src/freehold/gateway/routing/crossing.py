@@ -33,14 +33,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple, Protocol
 
 from freehold.errors import FreeholdError, Unavailable
 from freehold.gateway.config import Settings
-from freehold.gateway.keeping.records import Decided
+from freehold.gateway.routing.agreement import NOTHING, Change, Mark, Shared, aa_until, last_fall
 from freehold.gateway.routing.assign import PIN_SECONDS, Pins
 
 _log = logging.getLogger(__name__)
@@ -49,37 +48,10 @@ LIVE_SECONDS = 5.0
 TURN_SECONDS = 0.5
 REFRESH_SECONDS = 300.0
 """So often gateways tell one another which of the pinned conversations are still alive."""
+WAIT_SECONDS = 5.0
+"""So long a call waits at most until its gateway has caught up with the others."""
+_JOINS = 3  # in one turn; one that is taken for dead more often has a database too slow to agree on anything
 _OLD, _NEW, _SETTLED = 1, 2, 3
-_NOTHING = -1  # the number before the first record
-
-
-class Mark(NamedTuple):
-    """How far a gateway is: the number of the record that it follows, and the level."""
-
-    number: int
-    level: int
-
-
-class Conversation(NamedTuple):
-    """What was written down of one. at: when it was last heard of, epoch seconds."""
-
-    name: str
-    on_canary: bool
-    at: float
-
-
-class Change(NamedTuple):
-    """A record from which on another share is to be given. at: when it was written."""
-
-    number: int
-    at: float
-    share: float
-    aa: bool
-
-    @property
-    def given(self) -> float:
-        """The share that really gets the canary's model."""
-        return 0.0 if self.aa else self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,39 +63,13 @@ class Agreed:
     band: tuple[float, float] | None = None
 
 
-class Shared(Protocol):
-    """What gateways tell one another, by the database. All raise Unavailable."""
-
-    async def join(self, experiment: str, number: int) -> int:
-        """Be followed by the others from now on, at level 1 of the lowest number among them; alone: of `number`."""
-
-    async def beat(self, experiment: str, mark: Mark) -> list[Mark] | None:
-        """Say how far this gateway is, and that it lives; returns how far the others are that live, as they are after
-        that. None: it was taken for dead, and must join."""
-
-    async def share(self, experiment: str, pinned: Mapping[str, float]) -> None:
-        """Write down conversations that began on the control, and when they were last heard of."""
-
-    async def shared(self, experiment: str, since: float) -> list[Conversation]:
-        """All that was written down of conversations that lived since then."""
-
-    async def claim(self, experiment: str, conversation: str, on_canary: bool) -> bool:
-        """Write down where a conversation begins, unless it is known; whether it is on the canary."""
-
-    async def in_ledger(self, experiment: str, since: float) -> list[tuple[str, str, float, float]]:
-        """Arm, conversation, its first and its last call: of the ledger's rows since then."""
-
-    async def changes(self, experiment: str, after: int) -> list[Change]:
-        """What the records after a number say."""
-
-
 @dataclass(slots=True)
 class _Place:
     """Where this gateway stands in one experiment. heard: the last number that was read."""
 
     control: str
-    changes: list[Change] = field(default_factory=lambda: [Change(_NOTHING, 0.0, 0.0, False)])
-    heard: int = _NOTHING
+    changes: list[Change] = field(default_factory=lambda: [Change(NOTHING, 0.0, 0.0, False)])
+    heard: int = NOTHING
     at: int = 0  # index of the change that is followed
     level: int = _SETTLED
     until: float = -1.0  # monotonic; later this gateway may be taken for dead
@@ -132,6 +78,7 @@ class _Place:
     written: asyncio.Event = field(default_factory=asyncio.Event)  # there are none
     refreshed: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    pending: asyncio.Task[None] | None = None  # the turn that all claims wait for
 
     def __post_init__(self) -> None:
         self.written.set()
@@ -151,7 +98,7 @@ class _Place:
     def stand(self) -> None:
         """Have in force what the level says."""
         new, old = self.changes[self.at], self.changes[max(0, self.at - 1)]
-        if new.number == _NOTHING:
+        if new.number == NOTHING:
             self.standing = None
         elif self.level == _SETTLED:
             self.standing = Agreed(new.share, new.aa)
@@ -195,15 +142,13 @@ class Crossings:
     async def claim(self, experiment: str, conversation: str, at: float) -> None:
         """Learn where a conversation is that is new here, or what has changed. at: now, epoch seconds.
 
-        Raises Unavailable: the database does not answer.
+        Raises Unavailable: the database does not answer, or not within `WAIT_SECONDS`.
         """
         place, pins = self._places.get(experiment), self.pins(experiment)
         if place is None or pins is None:
             return
         if self._clock() > place.until:
-            await self.turn(experiment)
-            if self._clock() > place.until:
-                raise Unavailable(f"experiment {experiment!r}: the other gateways cannot be heard", retry_after=1)
+            await self._caught_up(experiment, place)
             return
         on_canary = place.level != _OLD
         place.claiming(int(not on_canary))
@@ -211,10 +156,31 @@ class Crossings:
             found = await self._shared.claim(experiment, conversation, on_canary)
         finally:
             place.claiming(-int(not on_canary))
-        if found:
+        if found is None:
+            place.until = -1.0
+        if self._clock() > place.until:  # the others may have gone on meanwhile, and so this answer may not hold
+            await self._caught_up(experiment, place)
+        elif found:
             pins.to_canary(conversation)
         else:
             pins.pin(conversation, at)
+
+    async def _caught_up(self, experiment: str, place: _Place) -> None:
+        """Wait for one turn, the same for all that wait. Raises Unavailable."""
+        if place.pending is None or place.pending.done():
+            place.pending = asyncio.create_task(self._catch_up(experiment, place))
+            place.pending.add_done_callback(_seen)
+        turn = place.pending
+        await asyncio.wait({turn}, timeout=WAIT_SECONDS)  # it goes on for the others when one of them hangs up
+        if turn.done() and not turn.cancelled():
+            turn.result()
+        if self._clock() > place.until:
+            raise Unavailable(f"experiment {experiment!r}: the other gateways cannot be heard", retry_after=1)
+
+    async def _catch_up(self, experiment: str, place: _Place) -> None:
+        async with place.lock:
+            if self._clock() > place.until:  # else the turn that had the lock did it
+                await self._go_on(experiment, place)
 
     async def run(self) -> None:
         """Keep up with the others, until cancelled."""
@@ -234,54 +200,98 @@ class Crossings:
         if place is None:
             return
         async with place.lock:
-            if place.until < 0:
+            await self._go_on(experiment, place)
+
+    async def _go_on(self, experiment: str, place: _Place) -> None:
+        """A turn, by the holder of the lock."""
+        joins = 0
+        if place.until < 0:
+            await self._join(experiment, place)
+        else:
+            await self._hear(experiment, place)
+        while True:
+            begun = self._clock()
+            others = await self._shared.beat(experiment, place.mark)
+            if others is None:
+                joins += 1
+                if joins > _JOINS:
+                    raise Unavailable(f"experiment {experiment!r}: the database is too slow to agree", retry_after=1)
                 await self._join(experiment, place)
-            else:
-                await self._hear(experiment, place)
-            while True:
+            elif not await self._rise(experiment, place, others):
+                break
+        place.until = begun + LIVE_SECONDS  # only now: it has caught up with the others
+        await self._refresh(experiment, place)
+
+    @asynccontextmanager
+    async def _kept(self, experiment: str, place: _Place, told: Mark) -> AsyncIterator[None]:
+        """Stay alive during something that takes long. told: what the others know, which stays true meanwhile."""
+        ended = asyncio.Event()
+        beats = asyncio.create_task(self._keep(experiment, place, told, ended))
+        try:
+            yield
+        finally:
+            ended.set()
+            await beats  # not cancelled: one that is on its way must not arrive after the next mark
+
+    async def _keep(self, experiment: str, place: _Place, told: Mark, ended: asyncio.Event) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(ended.wait(), LIVE_SECONDS / 3)
+                return
+            except TimeoutError:
                 begun = self._clock()
-                others = await self._shared.beat(experiment, place.mark)
-                if others is None:
-                    await self._join(experiment, place)
-                elif not await self._rise(experiment, place, others):
-                    break
-            place.until = begun + LIVE_SECONDS  # only now: it has caught up with the others
-            await self._refresh(experiment, place)
+            try:
+                if await self._shared.beat(experiment, told) is None:
+                    return  # the turn's own beat will say so, too
+            except FreeholdError:
+                continue
+            if begun < place.until:  # one that has not caught up with the others stays behind until it has
+                place.until = begun + LIVE_SECONDS
 
     async def _join(self, experiment: str, place: _Place) -> None:
         await self._hear(experiment, place)
         number = await self._shared.join(experiment, place.changes[-1].number)
         await self._hear(experiment, place)  # only now: what the others have gone on to without this one was written
         place.at = max(index for index, each in enumerate(place.changes) if each.number <= number)
-        place.level, place.until = _OLD, min(place.until, self._clock())
+        place.level, place.until = _OLD, -1.0  # until it has caught up: what fails on the way is begun anew
         place.stand()
-        await self._remember(experiment, place)
+        async with self._kept(experiment, place, place.mark):
+            await self._remember(experiment, place)
 
     async def _hear(self, experiment: str, place: _Place) -> None:
         for change in await self._shared.changes(experiment, place.heard):
             place.heard = change.number
             last = place.changes[-1]
-            if last.number == _NOTHING or (change.share, change.aa) != (last.share, last.aa):
+            if last.number == NOTHING or (change.share, change.aa) != (last.share, last.aa):
                 place.changes.append(change)
 
     async def _rise(self, experiment: str, place: _Place, others: Iterable[Mark]) -> bool:
-        """Go one level on, if that is allowed; whether it was."""
-        fallen = _last_fall(place.changes, place.at)
+        """Go one level on, if that is allowed; whether it was. The others may hear of it only after that."""
+        told = place.mark
+        fallen = last_fall(place.changes, place.at)
         if fallen > place.at:
             place.at, place.level = fallen, _SETTLED
             self._settle(experiment, place)
         elif place.level == _OLD and all(each >= place.mark for each in others):
             place.level = _NEW
             place.stand()
-            await place.written.wait()  # what was claimed for the control, before the others may hear of this
+            async with self._kept(experiment, place, told):
+                await place.written.wait()  # what was claimed for the control
         elif place.level == _NEW and all(each >= place.mark for each in others):
-            await self._learn(experiment, place)
+            async with self._kept(experiment, place, told):
+                await self._learn(experiment, place)
             place.level = _SETTLED
             self._settle(experiment, place)
         elif place.level == _SETTLED and place.at + 1 < len(place.changes):
             place.at, place.level = place.at + 1, _OLD
             place.stand()
-            await self._remember(experiment, place)
+            try:
+                async with self._kept(experiment, place, told):
+                    await self._remember(experiment, place)
+            except BaseException:  # the others must not hear of a level that was not reached
+                place.at, place.level = place.at - 1, _SETTLED
+                place.stand()
+                raise
         else:
             return False
         return True
@@ -297,20 +307,19 @@ class Crossings:
             return
         since = time.time() - PIN_SECONDS
         ended = aa_until(place.changes)
-        for arm, conversation, first, last in await self._shared.in_ledger(experiment, since):
-            if arm == place.control or first < ended:
-                pins.pin(conversation, last)
+        rows = await self._shared.in_ledger(experiment, since)
+        pins.recall((name, last) for arm, name, first, last in rows if arm == place.control or first < ended)
         await self._shared.share(experiment, pins.living(time.time()))
 
     async def _learn(self, experiment: str, place: _Place) -> None:
         """Take over all that was written down."""
         if (pins := self.pins(experiment)) is None:
             return
-        for each in await self._shared.shared(experiment, time.time() - PIN_SECONDS - REFRESH_SECONDS):
+        found = await self._shared.shared(experiment, time.time() - PIN_SECONDS - REFRESH_SECONDS)
+        pins.recall((each.name, each.at) for each in found if not each.on_canary)
+        for each in found:
             if each.on_canary:
                 pins.to_canary(each.name)
-            else:
-                pins.pin(each.name, each.at)
 
     async def _refresh(self, experiment: str, place: _Place) -> None:
         pins = self.pins(experiment)
@@ -318,26 +327,13 @@ class Crossings:
             return
         first, place.refreshed = not place.refreshed, self._clock()
         if not first and place.level == _SETTLED:
-            await self._shared.share(experiment, pins.held())
-            await self._learn(experiment, place)
+            async with self._kept(experiment, place, place.mark):
+                await self._shared.share(experiment, pins.held())
+                await self._learn(experiment, place)
             pins.canary.clear()
 
 
-def _last_fall(changes: Sequence[Change], after: int) -> int:
-    """The last change to no more of the canary than before, after one of them; 0: there is none."""
-    falls = (index for index in range(len(changes) - 1, after, -1) if changes[index].given <= changes[index - 1].given)
-    return next(falls, 0)
-
-
-def aa_until(changes: Sequence[Change]) -> float:
-    """When the last A/A run ended: conversations that began before are on the control, whatever their arm is called.
-    Infinite: it still goes on; minus infinity: there was none."""
-    if changes and changes[-1].aa:
-        return float("inf")
-    ends = [after.at for before, after in pairwise(changes) if before.aa and not after.aa]
-    return max(ends, default=float("-inf"))
-
-
-def change_of(record: Decided) -> Change:
-    """What a record says about the share."""
-    return Change(record.number, record.at, record.record["share"], record.record.get("aa", False))
+def _seen(turn: asyncio.Task[None]) -> None:
+    """All that waited for it may have gone: then nobody asks how it ended."""
+    if not turn.cancelled():
+        turn.exception()
