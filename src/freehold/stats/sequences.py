@@ -8,7 +8,8 @@ hypothesis at the edge of those that the gambler has not yet made 1/alpha from. 
 them, each with alpha, holds with 1 - 2 alpha.
 
     rates          `log_odds_evidence`, `rate_lower`, `rate_upper`: exact, also for anything within 0..1
-    two rates      `ratio_lower`: exact, whatever the common rate is and however it moves; `difference_upper`: exact
+    two rates      `ratio_lower`: exact, whatever the common rate is and however it moves; `difference_upper`: as far as
+                   the least evidence against any base rate is found: to about 1e-3 of its logarithm
     quantiles      `most_above`, `fewest_above`: exact; order statistics, by the number of values above
     scores         `log_score_evidence`, `score_lower`: exact, and sharp where scores vary little
     means          `log_normal_evidence`, `normal_distance`: in the limit of many units
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +44,17 @@ Floats = NDArray[np.float64]
 _TILT_J: Floats = np.geomspace(0.05, 3.5, 20)
 _UP_J: Floats = np.expm1(_TILT_J)
 _DOWN_J: Floats = np.expm1(-_TILT_J)
-_ERRORS_P: Floats = np.linspace(-8.0, 3.0, 45)  # standard errors of a rate
+_BETS_2J: Floats = np.stack([_UP_J, _DOWN_J])[:, None]
+_TILTS_2J: Floats = np.stack([_TILT_J, -_TILT_J])
+# Where the least evidence is looked for first: standard errors of a rate; parts of the way to another one; log odds of
+# all rates there are. Then: parts of the way from the best one's left neighbour to the right one.
+_ERRORS_P: Floats = np.array([-6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0])
+_PARTS_P: Floats = np.array([0.25, 0.5, 0.75, 0.9, 1.0])
+_ALL_P: Floats = np.linspace(-18.0, 18.0, 10)
+_EVEN_P: Floats = np.linspace(0.0, 1.0, 11)
+_MIDDLE_P: Floats = np.array([-0.02, 0.0, 0.02])
+_ROUNDS = 3  # so many times; the least is then known to 1e-3, and far closer where it is near 0
+_SHORT = 1e-3  # log evidence that may be lacking at a bound
 _TINY = 1e-9
 _LEAST = 1e-3  # bounds of scores nearer to 0 than this part of the mean are given as 0
 _STAKE_J: Floats = np.geomspace(0.02, 0.98, 20)
@@ -84,18 +96,22 @@ def difference_upper(
     if not trials or not base_trials:
         return 1.0
     needed = -math.log(alpha)
-    high = 1.0 - 4.0 * _TINY
-    low = max(-high, hits / trials - base_hits / base_trials)
+    most = 1.0 - 4.0 * _TINY
+    evidence = _Difference(hits, trials, base_hits, base_trials, design)
 
     def lacking(difference: float) -> float:
-        return needed - log_difference_evidence(hits, trials, base_hits, base_trials, difference, design)
+        return needed - evidence.least(difference, rounds=0)[0]
 
-    if lacking(high) >= 0.0:
+    if lacking(most) >= 0.0:
         return 1.0
     step = 0.25 / math.sqrt(trials)
-    while low + step < high and lacking(low + step) > 0.0:  # near the estimate, where false position is fast
-        low, step = low + step, 2.0 * step
-    return _root(lacking, low, min(high, low + step))
+    bound = _crossing(lacking, max(-most, hits / trials - base_hits / base_trials), most, step)
+    for _ in range(_ROUNDS):  # so far, of a few base rates: now of the one against which there is least evidence
+        least, rate_P = evidence.least(bound)
+        if least > needed - _SHORT:
+            break
+        bound = _crossing(partial(evidence.lacking, needed, rate_P), bound, most, 0.1 * step)
+    return bound if bound < most else 1.0
 
 
 def log_difference_evidence(
@@ -109,15 +125,9 @@ def log_difference_evidence(
 
     The second one puts half of the stake on what is hoped for: that both rates are p. No mixture is needed for that,
     as p and the difference fix the bet. The first one keeps half of the stake in hand, for where p is the base's rate.
+    The least is searched for, and found within about 1e-3 of what it is.
     """
-    p_P = _base_rates(base_hits, base_trials, difference, design)
-    null_P = p_P + difference
-    # The log odds ratio of null and p; where p is not below the null there is nothing to hope for.
-    hoped_P = np.maximum(0.0, np.log(null_P / p_P) - np.log((1.0 - null_P) / (1.0 - p_P)))
-    tuned_P = (-hoped_P * hits - np.log1p(np.expm1(-hoped_P) * null_P) * trials) / design
-    spread_P = _mean_evidence(-_TILT_J, hits, trials, null_P, design)
-    base_P = np.logaddexp(0.0, _mean_evidence(_TILT_J, base_hits, base_trials, p_P, design))
-    return float((np.logaddexp(tuned_P, spread_P) + base_P).min()) - 2.0 * math.log(2.0)
+    return _Difference(hits, trials, base_hits, base_trials, design).least(difference)[0]
 
 
 def ratio_lower(
@@ -251,20 +261,99 @@ def design_effect(units: int, trials: float, hits: float, hits2: float, cross: f
     return max(1.0, (hits2 - 2.0 * rate * cross + rate * rate * trials2) / independent)
 
 
-def _base_rates(hits: float, trials: float, difference: float, design: float) -> Floats:
-    """[rates]: where the least evidence is looked for: from 8 standard errors below the estimate, where the gambler who
-    bets on the base has far more than is needed, to 3 above, where the other one has more the higher the rate is."""
-    rate = (hits + 0.5) / (trials + 1.0)
-    found: Floats = rate + _ERRORS_P * math.sqrt(rate * (1.0 - rate) / trials * design)
-    return np.clip(found, _TINY + max(0.0, -difference), 1.0 - _TINY - max(0.0, difference))
+class _Difference:
+    """The evidence that a rate is less than a difference above the base: see `log_difference_evidence`."""
+
+    def __init__(self, hits: float, trials: float, base_hits: float, base_trials: float, design: float) -> None:
+        self._hits, self._trials, self._design = hits, trials, design
+        self._estimate = hits / trials
+        self._rate = (base_hits + 0.5) / (base_trials + 1.0)
+        error = math.sqrt(self._rate * (1.0 - self._rate) / base_trials * design)
+        self._near_P = self._rate + _ERRORS_P * error
+        self._trials_2 = np.array([base_trials, trials])[:, None, None]
+        self._staked_2J = (np.array([[base_hits], [hits]]) * _TILTS_2J)[:, None]
+
+    def of(self, difference: float, p_P: Floats) -> Floats:
+        """[rates]: the log of it, if the base has each of some rates."""
+        null_P = p_P + difference
+        # The log odds ratio of null and p; where p is not below the null there is nothing to hope for.
+        hoped_P = np.maximum(0.0, np.log(null_P * (1.0 - p_P) / (p_P * (1.0 - null_P))))
+        tuned_P = (-hoped_P * self._hits - np.log1p(np.expm1(-hoped_P) * null_P) * self._trials) / self._design
+        grown_2PJ = np.log1p(np.array([p_P, null_P])[:, :, None] * _BETS_2J) * self._trials_2
+        logs_2PJ = (self._staked_2J - grown_2PJ) / self._design
+        top_2P = logs_2PJ.max(axis=2)
+        base_P, spread_P = top_2P + np.log(np.exp(logs_2PJ - top_2P[:, :, None]).sum(axis=2) / len(_TILT_J))
+        found: Floats = np.logaddexp(tuned_P, spread_P) + np.logaddexp(0.0, base_P) - 2.0 * math.log(2.0)
+        return found
+
+    def lacking(self, needed: float, rate_P: Floats, difference: float) -> float:
+        """How much less than needed there is, if the base has one rate. rate_P: that one."""
+        low, high = _range(difference)
+        return needed - float(self.of(difference, rate_P.clip(low, high))[0])
+
+    def least(self, difference: float, rounds: int = _ROUNDS) -> tuple[float, Floats]:
+        """The least of all that the base may have; and where it is (one rate).
+
+        It falls with the rate until the base's bets are worth nothing more, and rises from there on. First it is looked
+        for at rates close around the estimate, on the way to the rate that the other estimate gives the base, and
+        coarsely everywhere else; then, some rounds, between the neighbours of the best one.
+        """
+        low, high = _range(difference)
+        way_P = self._rate + _PARTS_P * (self._estimate - difference - self._rate)
+        rates_P = np.concatenate([self._near_P, way_P, _rates(_ALL_P, low, high)]).clip(low, high)
+        rates_P = _apart(rates_P)
+        values_P = self.of(difference, rates_P)
+        best = int(values_P.argmin())
+        least, at_P = float(values_P[best]), rates_P[best : best + 1]
+        if not rounds:
+            return least, at_P
+        odds_P = np.log((rates_P - low + _TINY) / (high - rates_P + _TINY))  # in which it is nearly a parabola
+        for _ in range(rounds):
+            odds_P = _closer(odds_P, values_P, best)
+            rates_P = _rates(odds_P, low, high)
+            values_P = self.of(difference, rates_P)
+            best = int(values_P.argmin())
+            if values_P[best] < least:
+                least, at_P = float(values_P[best]), rates_P[best : best + 1]
+        return least, at_P
 
 
-def _mean_evidence(tilt_J: Floats, hits: float, trials: float, null_P: Floats, design: float) -> Floats:
-    """[nulls]: log evidence of an even mixture of bets against each of some rates."""
-    logs_PJ = (hits * tilt_J - np.log1p(np.multiply.outer(null_P, np.expm1(tilt_J))) * trials) / design
-    top_P = logs_PJ.max(axis=1)
-    found: Floats = top_P + np.log(np.exp(logs_PJ - top_P[:, None]).mean(axis=1))
+def _range(difference: float) -> tuple[float, float]:
+    """The rates that a base may have below one that is so much higher."""
+    return _TINY + max(0.0, -difference), 1.0 - _TINY - max(0.0, difference)
+
+
+def _rates(odds_P: Floats, low: float, high: float) -> Floats:
+    """The rates within low..high of some log odds."""
+    found: Floats = low + (high - low) / (1.0 + np.exp(-odds_P))
     return found
+
+
+def _closer(at_P: Floats, values_P: Floats, best: int) -> Floats:
+    """Points between the neighbours of the best (least) one: evenly, and where the parabola through the three has its
+    least."""
+    left, middle, right = at_P[max(0, best - 1)], at_P[best], at_P[min(best + 1, len(at_P) - 1)]
+    before, after = middle - left, right - middle
+    if before > 0.0 and after > 0.0:
+        slope_before = (values_P[best - 1] - values_P[best]) / before
+        slope_after = (values_P[best + 1] - values_P[best]) / after
+        if slope_before + slope_after > 0.0:
+            middle += 0.5 * (slope_before * after - slope_after * before) / (slope_before + slope_after)
+    found: Floats = np.concatenate([left + (right - left) * _EVEN_P, middle + (right - left) * _MIDDLE_P])
+    return _apart(found.clip(left, right))
+
+
+def _apart(points: Floats) -> Floats:
+    """Rising, without those that are next to another: between them there is nothing but rounding to compare."""
+    points.sort()
+    return np.concatenate([points[:1], points[1:][points[1:] - points[:-1] > _TINY]])
+
+
+def _crossing(lacking: Callable[[float], float], low: float, high: float, step: float) -> float:
+    """Where a falling function is 0, from low on, in steps that double: close to it false position is fast."""
+    while low + step < high and lacking(low + step) > 0.0:
+        low, step = low + step, 2.0 * step
+    return _root(lacking, low, min(high, low + step), 0.5 * _SHORT)
 
 
 def _growth(trials: float | Floats, null: float | Floats, below: bool) -> Floats:
@@ -302,8 +391,9 @@ def _log_twice_normal(z: float) -> float:
     return -0.5 * z * z - math.log(-z * math.sqrt(math.pi / 2.0))
 
 
-def _root(excess: Callable[[float], float], low: float, high: float) -> float:
-    """Where a monotone function with excess(low) > 0 > excess(high) is 0: false position, Illinois method."""
+def _root(excess: Callable[[float], float], low: float, high: float, close: float = _CLOSE) -> float:
+    """Where a monotone function with excess(low) > 0 > excess(high) is 0, or so close: false position, Illinois
+    method."""
     at_low, at_high = excess(low), excess(high)
     if at_low <= 0.0 or at_high >= 0.0:
         return low if at_low <= 0.0 else high
@@ -311,7 +401,7 @@ def _root(excess: Callable[[float], float], low: float, high: float) -> float:
     for _ in range(_STEPS):
         at = (low * at_high - high * at_low) / (at_high - at_low)
         value = excess(at)
-        if abs(value) < _CLOSE or high - low < _CLOSE * _CLOSE:
+        if abs(value) < close or high - low < _CLOSE * _CLOSE:
             break
         if value > 0.0:
             low, at_low, at_high = at, value, at_high * (0.5 if side > 0 else 1.0)

@@ -180,6 +180,49 @@ async def test_an_experiment_that_fails_rests_and_the_others_go_on(
     assert "stands still" in caplog.text
 
 
+async def test_a_fault_whose_records_cannot_be_written_either_is_raised_and_rests(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = MemoryLedger()
+    canaries = gateway(ledger, Now())
+    await canaries.advance(NAME)
+    ledger.all_rows += traffic(20_000, 0.05, 0.0)
+    look, looks = Canary.look, list[float]()
+
+    def fails_later(self: Canary, at: float) -> None:
+        looks.append(at)
+        if len(looks) == 2:
+            raise ArithmeticError("fault")
+        look(self, at)  # its record is written after the fault
+
+    async def refuses(self: LedgerOf, record: Record) -> None:
+        raise Unavailable("no disk")
+
+    monkeypatch.setattr(Canary, "look", fails_later)
+    monkeypatch.setattr(LedgerOf, "add", refuses)
+    monkeypatch.setattr(canaries_module, "EVERY_SECONDS", 0.001)
+    running = asyncio.create_task(canaries.run())
+    async with asyncio.timeout(20.0):
+        while "stands still" not in caplog.text:
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    assert len(looks) == 2  # it rests
+    assert "no disk" in caplog.text
+    assert "ArithmeticError: fault" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(canaries_module, "EVERY_SECONDS", 0.001)
+    canaries.configure(settings(EACH))  # nothing new: it rests on
+    await asyncio.sleep(0.05)
+    assert len(ledger.all_records) == 1
+    canaries.configure(settings(experiment("error", steps=[0.1, 1.0])))
+    async with asyncio.timeout(20.0):
+        while len(ledger.all_records) < 2:
+            await asyncio.sleep(0.001)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert ledger.all_records[1].kind == "start"
+
+
 async def test_notes_come_after_their_rows_whatever_is_read_first() -> None:
     ledger, now = MemoryLedger(), Now()
     canaries = Canaries(ledger.of("a"), settings(experiment("error", "feedback")), clock=now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import sqlite3
@@ -20,6 +21,7 @@ from freehold.gateway.keeping import sqlite as store_sqlite
 from freehold.gateway.keeping.records import day_of
 from freehold.gateway.keeping.sqlite import FILE, SqliteStore
 from freehold.gateway.keeping.store import FLUSH_SECONDS, STUCK_SECONDS
+from freehold.gateway.keeping.transactions import Batch
 from tests.source_checks import ROOT
 from tests.unit.gateway.ledger_rows import row
 
@@ -166,6 +168,77 @@ async def test_a_write_that_hangs_is_trouble(tmp_path: Path) -> None:
     assert "writing for 6 s" in store.trouble
     store._writing_since = time.monotonic()
     assert store.trouble == ""
+
+
+def rows_on_disk(folder: Path) -> int:
+    with contextlib.closing(sqlite3.connect(folder / FILE)) as other:
+        return int(other.execute("SELECT count(*) FROM calls").fetchone()[0])
+
+
+async def test_what_is_appended_to_an_idle_store_is_on_disk_without_being_asked_for(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path, flush_seconds=0.01)
+    await store.start()
+    for number in range(5):
+        await asyncio.sleep(0.05)  # the writer has nothing to do
+        store.append(row(row_id=f"{number}"))
+        async with asyncio.timeout(10.0):
+            while rows_on_disk(tmp_path) <= number:
+                await asyncio.sleep(0.005)
+    await store.stop()
+
+
+async def test_the_writer_of_an_idle_store_sleeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, turns = SqliteStore(tmp_path, flush_seconds=0.005), list[int]()
+    take = store._take
+
+    def counted() -> Batch | None:
+        turns.append(len(turns))
+        return take()
+
+    monkeypatch.setattr(store, "_take", counted)
+    await store.start()
+    await asyncio.sleep(0.2)
+    assert not turns
+    store.append(row())
+    await store.flush()
+    await asyncio.sleep(0.1)
+    before = len(turns)
+    assert before >= 1
+    await asyncio.sleep(0.2)
+    assert len(turns) == before
+    await store.stop()
+
+
+async def test_reads_share_a_connection_that_stop_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, opened = SqliteStore(tmp_path), list[sqlite3.Connection]()
+    reader = store._reader
+
+    def counted(timeout: float) -> sqlite3.Connection:
+        opened.append(reader(timeout))
+        return opened[-1]
+
+    monkeypatch.setattr(store, "_reader", counted)
+    await store.start()
+    for _ in range(2):
+        assert await store.fetch("SELECT 7") == [(7,)]
+    assert len(opened) == 1
+    await store.stop()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 7")
+
+
+async def test_a_store_that_was_stopped_starts_again(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path, flush_seconds=0.01, serving=True)
+    for number in range(2):
+        await store.start()
+        await asyncio.sleep(0.05)
+        store.append(row(row_id=f"{number}"))
+        async with asyncio.timeout(10.0):
+            await store.flush()
+        assert rows_on_disk(tmp_path) == number + 1
+        assert await store.fetch("SELECT count(*) FROM calls") == [(number + 1,)]
+        assert len(store._readers) == 1  # kept again too
+        await store.stop()
 
 
 def killed_once(folder: Path, run: int, at: float, rng: random.Random, flush: float) -> tuple[int, bool]:

@@ -29,6 +29,8 @@ from freehold.stats.sequences import (
     score_upper,
 )
 
+Case = tuple[int, int, int, int]  # hits and trials, and those of the base
+
 
 def expected_wealth(log_wealth: Callable[[int], float], trials: int, rate: float) -> float:
     """Over all numbers of hits of `trials` independent trials."""
@@ -203,6 +205,49 @@ def test_the_bound_of_a_difference_is_sharper_than_two_bounds_apart() -> None:
     assert difference_upper(0, 0, 1, 10, 0.05) == difference_upper(3, 3, 0, 0, 0.05) == 1.0
     assert difference_upper(2, 2, 0, 2, 0.05) == 1.0
     assert difference_upper(0, 1000, 1000, 1000, 0.05) < -0.9
+
+
+def least_difference_evidence(case: Case, difference: float, design: float) -> float:
+    """Against all rates that the base may have, each on its own: at thousands of them, then around the best."""
+    hits, trials, base_hits, base_trials = case
+
+    def against(rate: float) -> float:
+        null = rate + difference
+        hoped = max(0.0, math.log(null / rate) - math.log((1.0 - null) / (1.0 - rate)))
+        tuned = (-hoped * hits - math.log1p(math.expm1(-hoped) * null) * trials) / design
+        spread = log_odds_evidence(hits, trials, null, below=True, design=design)
+        base = log_odds_evidence(base_hits, base_trials, rate, design=design)
+        return float(np.logaddexp(tuned, spread) + np.logaddexp(0.0, base)) - 2.0 * math.log(2.0)
+
+    low, high = max(0.0, -difference) + 1e-9, 1.0 - max(0.0, difference) - 1e-9
+    rates = np.concatenate([np.linspace(low, high, 800), low + np.geomspace(1e-8, high - low, 800)]).clip(low, high)
+    rates.sort()
+    best = int(np.argmin([against(rate) for rate in rates]))
+    return min(map(against, np.linspace(rates[max(0, best - 2)], rates[min(best + 2, len(rates) - 1)], 400)))
+
+
+@pytest.mark.parametrize("design", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (40, 4000, 5, 100),  # most calls go to the canary: the least is far below the estimate of the base
+        (300, 10_000, 2, 50),
+        (3, 3000, 0, 60),
+        (0, 500, 0, 9500),  # no failures in the base: the least is far above its estimate
+        (10, 1000, 190, 19_000),
+        (500, 1000, 500, 1000),
+        (99, 100, 100, 100),
+        (400, 40_000, 40, 4000),
+    ],
+)
+def test_the_evidence_of_a_difference_is_the_least_over_all_base_rates(case: Case, design: float) -> None:
+    hits, trials, base_hits, base_trials = case
+    bound = difference_upper(*case, 0.05, design)
+    assert least_difference_evidence(case, bound, design) == pytest.approx(math.log(20), abs=3e-3)
+    for further in (-0.02, 0.0, 0.01, 0.05):
+        difference = hits / trials - base_hits / base_trials + further
+        dense = least_difference_evidence(case, difference, design)
+        assert log_difference_evidence(*case, difference, design) == pytest.approx(dense, abs=3e-3)
 
 
 def test_bounds_of_quantiles_hold_at_all_looks() -> None:

@@ -63,6 +63,7 @@ class _Running:
         self.unwritten: list[Record] = []
         self.last: Record | None = None
         self.lock = asyncio.Lock()
+        self.rests_until = -math.inf  # time.monotonic()
 
 
 class Canaries:
@@ -78,11 +79,10 @@ class Canaries:
     ) -> None:
         self._ledger, self._clock, self._on_change = ledger, clock, on_change
         self._running: dict[str, _Running] = {}
-        self._resting: dict[str, float] = {}
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
-        """Take new settings. An experiment that is changed in them starts again; others go on."""
+        """Take new settings. An experiment that is changed in them starts again, at once; others go on."""
         self._running = {
             name: known
             if (known := self._running.get(name)) is not None and known.settings == experiment
@@ -101,8 +101,8 @@ class Canaries:
     async def run(self) -> None:
         """Keep all experiments going, until cancelled."""
         while True:
-            for name in list(self._running):
-                if self._resting.get(name, -math.inf) > time.monotonic():
+            for name, running in list(self._running.items()):
+                if running.rests_until > time.monotonic():
                     continue
                 try:
                     await self.advance(name)
@@ -110,7 +110,7 @@ class Canaries:
                     _log.warning("experiment %s: %s", name, error)
                 except Exception:
                     _log.exception("experiment %s stands still; again in %g s", name, REST_SECONDS)
-                    self._resting[name] = time.monotonic() + REST_SECONDS
+                    running.rests_until = time.monotonic() + REST_SECONDS
             await asyncio.sleep(EVERY_SECONDS)
 
     async def advance(self, name: str) -> None:
@@ -128,14 +128,14 @@ class Canaries:
                         if count % AT_ONCE == 0:
                             await asyncio.sleep(0)  # calls go on meanwhile
                 except Exception:
-                    await self._doubt(running)
+                    await self._doubt(name, running)
                     raise
                 await self._write(running)
             try:
                 for position, note in notes:
                     canary.add_note(note, position)
             except Exception:
-                await self._doubt(running)
+                await self._doubt(name, running)
                 raise
 
     async def command(self, name: str, command: str, by: str) -> Record:
@@ -262,11 +262,14 @@ class Canaries:
         notes = _paged(lambda after: self._ledger.notes(start.experiment, after), start.notes)
         return await replay(records, rows, notes)
 
-    async def _doubt(self, running: _Running) -> None:
+    async def _doubt(self, name: str, running: _Running) -> None:
         """After a fault in the middle of counting: what came out before it stands, and what was counted since the last
-        written record is counted again, by a machine that stands where the records end."""
+        written record is counted again, by a machine that stands where the records end. The caller raises the fault:
+        that what came before it cannot be written either is only logged."""
         try:
             await self._write(running)
+        except FreeholdError as error:
+            _log.warning("experiment %s: %s", name, error)
         finally:
             running.canary = None
             running.unwritten.clear()

@@ -73,6 +73,7 @@ class SqliteStore(Store):
         except (OSError, sqlite3.Error, ValueError) as error:
             self._unlock()
             raise ConfigError(f"{self.path}: {error}") from None
+        self._ending = False  # it may have been stopped before
         self._thread = threading.Thread(target=self._write, args=(connection,), name="freehold-ledger", daemon=True)
         self._thread.start()
         if self._serving:
@@ -227,7 +228,7 @@ class SqliteStore(Store):
 
     def _gather(self, item: to.AppendedItem) -> None:
         super()._gather(item)
-        if len(self._appended) == 1:  # the writer may wait for it; of later ones it knows
+        if len(self._appended) == 1:  # the writer may wait for it; of later ones it knows, as only one thread appends
             self._arrived.set()
 
     def _wake_writer(self) -> None:

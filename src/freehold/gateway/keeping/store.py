@@ -155,7 +155,8 @@ class Store(abc.ABC):
         return len(self._appended)
 
     def _take(self) -> to.Batch | None:
-        """What was appended so far; None if nothing was. Any thread may append meanwhile: that is the next batch."""
+        """What was appended so far; None if nothing was. The event loop, and only it, may append meanwhile: that is the
+        next batch."""
         count = len(self._appended)
         if not count:
             return None
