@@ -23,7 +23,9 @@ class Slow:
     """A `Shared` of one gateway in memory that takes its time, and takes for dead who does not beat for `LIVE`."""
 
     def __init__(self) -> None:
-        self.ledger_seconds = self.hear_seconds = self.claim_seconds = 0.0
+        self.ledger_seconds = self.pins_seconds = self.hear_seconds = self.claim_seconds = 0.0
+        self.rows: list[tuple[str, str, float, float]] = []
+        self.written: list[Conversation] = []
         self.found = [Change(0, 0.0, 0.1, False)]
         self.until = -1.0
         self.joins = self.heard = 0
@@ -46,7 +48,8 @@ class Slow:
     async def share(self, experiment: str, pinned: Mapping[str, float]) -> None: ...
 
     async def shared(self, experiment: str, since: float) -> list[Conversation]:
-        return []
+        await asyncio.sleep(self.pins_seconds)
+        return self.written
 
     async def claim(self, experiment: str, conversation: str, on_canary: bool) -> bool | None:
         await asyncio.sleep(self.claim_seconds)
@@ -56,7 +59,7 @@ class Slow:
         await asyncio.sleep(self.ledger_seconds)
         if self.failing:
             raise self.failing
-        return []
+        return self.rows
 
     async def changes(self, experiment: str, after: int) -> list[Change]:
         self.heard += 1
@@ -109,6 +112,41 @@ async def test_a_question_that_takes_longer_than_it_may_be_silent_is_no_reason_t
     await rising
     assert slow.joins == 1
     assert slow.told[-1] == Mark(1, 3)
+
+
+async def test_nor_is_it_that_reading_the_pins_takes_long(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow.pins_seconds = 3 * LIVE
+    joined = Joined(slow)
+    await joined.turn()
+    monkeypatch.setattr(crossing_module, "REFRESH_SECONDS", 0.0)
+    await joined.turn()
+    await joined.turn()
+    assert slow.joins == 1
+
+
+async def test_a_claim_that_takes_long_is_waited_for_alive(slow: Slow) -> None:
+    joined = Joined(slow)
+    await joined.turn()
+    joined.crossings._places[NAME].claiming(1)
+    slow.found.append(Change(1, 0.0, 0.3, False))
+    rising = asyncio.create_task(joined.turn())
+    await asyncio.sleep(3 * LIVE)
+    assert slow.told[-1] == Mark(1, 1)  # the others may not hear of more while it is on its way
+    joined.crossings._places[NAME].claiming(-1)
+    await rising
+    assert slow.joins == 1
+    assert slow.told[-1] == Mark(1, 3)
+
+
+async def test_old_conversations_of_the_ledger_do_not_drive_out_the_living(slow: Slow) -> None:
+    joined = Joined(slow)
+    joined.pins = Pins(most=3)
+    now = time.time()
+    joined.pins.pin("living", now)
+    slow.rows = [("old", f"ledger{age}", now - 900, now - age) for age in (500, 300, 400)]
+    slow.written = [Conversation(f"written{age}", False, now - age) for age in (600, 200)]
+    await joined.turn()
+    assert list(joined.pins.living(now)) == ["ledger300", "written200", "living"]
 
 
 async def test_a_level_that_was_not_reached_is_not_told(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
