@@ -133,7 +133,14 @@ async def test_a_completion_request_reaches_the_engine_whole(submitted: Any) -> 
     assert prompt == (5, 6)
     assert params == SamplingParams(**EXPECTED, max_tokens=3, logprobs=2)
     options.pop("request_id")
-    assert options == {"stop": ("zzz",), "include_stop": True, "cache_salt": "salt", "adapter": None, "seed_offset": 0}
+    assert options == {
+        "stop": ("zzz",),
+        "include_stop": True,
+        "cache_salt": "salt",
+        "adapter": None,
+        "seed_offset": 0,
+        "running_usage": False,
+    }
 
 
 async def test_choices_of_a_prompt_have_seeds_and_ids_of_their_own(submitted: Any) -> None:
