@@ -65,11 +65,18 @@ class Report:
         if write if write is not None else not self.quick:
             RESULTS.mkdir(parents=True, exist_ok=True)
             path = RESULTS / f"{self.name}-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json"
-            document = line | {"command": " ".join(sys.argv), "samples": self.samples}
+            document = line | {"command": command(), "samples": self.samples}
             path.write_text(json.dumps(document, indent=1) + "\n")
             print(f"wrote {path.relative_to(ROOT)}")
         print(json.dumps(line))
         return 0 if self.bars and all(bar.passed for bar in self.bars) else 1
+
+
+def command() -> str:
+    """What was called, as it reads anywhere: the script from the root of the tree, and folders elsewhere as DIR."""
+    script = Path(sys.argv[0]).resolve()
+    known = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    return " ".join([known, *("DIR" if Path(each).is_absolute() else each for each in sys.argv[1:])])
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

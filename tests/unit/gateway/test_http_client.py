@@ -56,6 +56,14 @@ class Upstream:
             self.open.discard(writer)
             writer.close()
 
+    async def all_closed(self) -> None:
+        """Fails if a connection is open for two seconds more."""
+        for _ in range(100):
+            if not self.open:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{len(self.open)} connections are still open")
+
     async def stop(self) -> None:
         self.server.close()
         for writer in list(self.open):
@@ -209,11 +217,7 @@ async def test_connections_that_idle_too_long_are_closed(
     monkeypatch.setattr(http_client, "IDLE_SECONDS", 0.1)
     upstream = await started(ANSWER)
     await ask(client, upstream)
-    for _ in range(100):
-        if not upstream.open:
-            break
-        await asyncio.sleep(0.02)
-    assert not upstream.open
+    await upstream.all_closed()
 
 
 async def test_what_was_lost_after_a_while_is_not_asked_again(
@@ -241,11 +245,7 @@ async def test_calls_that_outlast_a_sweep_leave_no_connection_behind(
     while await response.next():
         pass
     response.close()
-    for _ in range(100):
-        if not upstream.open:
-            break
-        await asyncio.sleep(0.02)
-    assert not upstream.open
+    await upstream.all_closed()
 
 
 async def test_an_old_connection_makes_room_for_a_new_one(

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -122,21 +123,15 @@ class Canaries:
                 return
             notes = await _all(lambda after: self._ledger.notes(name, after), canary.notes)
             while rows := await self._ledger.rows(name, canary.rows):
-                try:
+                async with self._counting(name, running):
                     for count, (position, row) in enumerate(rows):
                         canary.add(row, position, self._clock())
                         if count % AT_ONCE == 0:
                             await asyncio.sleep(0)  # calls go on meanwhile
-                except Exception:
-                    await self._doubt(name, running)
-                    raise
                 await self._write(running)
-            try:
+            async with self._counting(name, running):
                 for position, note in notes:
                     canary.add_note(note, position)
-            except Exception:
-                await self._doubt(name, running)
-                raise
 
     async def command(self, name: str, command: str, by: str) -> Record:
         """Have an operator's command obeyed. Raises NotFound, InvalidRequest."""
@@ -262,17 +257,22 @@ class Canaries:
         notes = _paged(lambda after: self._ledger.notes(start.experiment, after), start.notes)
         return await replay(records, rows, notes)
 
-    async def _doubt(self, name: str, running: _Running) -> None:
+    @asynccontextmanager
+    async def _counting(self, name: str, running: _Running) -> AsyncIterator[None]:
         """After a fault in the middle of counting: what came out before it stands, and what was counted since the last
-        written record is counted again, by a machine that stands where the records end. The caller raises the fault:
-        that what came before it cannot be written either is only logged."""
+        written record is counted again, by a machine that stands where the records end. The fault is raised: that what
+        came before it cannot be written either is only logged."""
         try:
-            await self._write(running)
-        except FreeholdError as error:
-            _log.warning("experiment %s: %s", name, error)
-        finally:
-            running.canary = None
-            running.unwritten.clear()
+            yield
+        except Exception:
+            try:
+                await self._write(running)
+            except FreeholdError as error:
+                _log.warning("experiment %s: %s", name, error)
+            finally:
+                running.canary = None
+                running.unwritten.clear()
+            raise
 
     async def _write(self, running: _Running) -> None:
         while running.unwritten:
