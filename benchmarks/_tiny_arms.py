@@ -15,6 +15,7 @@ from freehold.model.config import GlmConfig
 from freehold.model.names import tensor_specs
 
 ARMS = ("index-share", "every-layer", "dense")
+SHARING = {"index-share", "every-layer"}  # what differs in nothing but whether layers share indexers
 
 
 def arm_config(arm: str, base: Mapping[str, Any]) -> dict[str, Any]:

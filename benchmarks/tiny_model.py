@@ -39,7 +39,7 @@ import _tiny_lora as lora
 import numpy as np
 from _bigram import Bigram
 from _common import ROOT, Report, arguments
-from _tiny_arms import arm_config
+from _tiny_arms import ARMS, SHARING, arm_config
 from _tiny_kept import Retrained, kept
 from _tiny_losses import DOCUMENTS, PARTS, Losses, bigram_losses, digest, held_out_documents, model_losses
 from _tiny_retrain import language_tokens
@@ -236,13 +236,16 @@ def ablated(run: Run) -> None:
     checkpoints = ablations.variants(run.checkpoint, run.scratch / "variants")
     rows, right = ablations.measure(checkpoints, documents, lengths, sizes.ablation, config.index_topk)
     print(ablations.table(rows))
-    retrained = {arm: found for arm in ("index-share", "every-layer") if (found := kept(arm)) is not None}
+    retrained = {arm: found for arm in ARMS if (found := kept(arm)) is not None}
     speeds = speed(run)
     print_retrained(retrained)
     run.report.samples["ablations"] = {
         "inference only": [row.as_dict() for row in rows],
         "right": right,
-        "retrained": {arm: found.summary() for arm, found in retrained.items()},
+        "retrained": {
+            arm: {**found.summary(), "perplexity": perplexity(found.losses, PARTS[0])}
+            for arm, found in retrained.items()
+        },
         "speed": speeds,
     }
     trained, random = (np.array(right[name][lengths[0]], float) for name in (ablations.AS_TRAINED, ablations.RANDOM))
@@ -250,14 +253,14 @@ def ablated(run: Run) -> None:
     print(f"  gained by the trained indexer at {lengths[0]} tokens: {shown(gained)} of prompts")
     if not run.report.quick:
         run.report.bar("retrieval gained by the trained indexer at 4x index_topk, lower bound", gained.low, ">", 0.0)
-    if len(retrained) < 2 and not run.report.quick:
+    if SHARING - set(retrained) and not run.report.quick:
         run.report.missing("not retrained: python benchmarks/_tiny_retrain.py index-share every-layer")
 
 
 def speed(run: Run) -> dict[str, Any]:
     """IndexShare beside an indexer on every layer, tokens a second."""
     base = read_config(run.checkpoint)
-    configs = {arm: arm_config(arm, base) for arm in ("index-share", "every-layer")}
+    configs = {arm: arm_config(arm, base) for arm in sorted(SHARING, reverse=True)}
     contexts = (512,) if run.report.quick else (1024, run.config.max_position_embeddings - 256)
     found = compare(configs, run.scratch / "speed", contexts, run.sizes.rounds, run.threads)
     for arm, at in found.items():
@@ -273,7 +276,7 @@ def print_retrained(retrained: dict[str, Retrained]) -> None:
             f"  trained anew, {arm:14} {found.tokens / 1e6:.1f}M tokens in {found.seconds / 60:.0f} min: "
             f"perplexity {perplexity(found.losses, PARTS[0])[0]:.3f}, {rates}"
         )
-    if len(retrained) == 2:
+    if set(retrained) >= SHARING:
         ratio = paired_perplexity(retrained["index-share"].losses, retrained["every-layer"].losses, PARTS[0])
         print(f"  perplexity with IndexShare / with an indexer on every layer: {ratio.as_list()}")
 

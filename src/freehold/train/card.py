@@ -254,14 +254,36 @@ def _variant_table(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {row['name']} | " + " | ".join(cells) + f" | {_values(row['loss'])[0]:.3f} |"
     yield ""
     if found.get("retrained"):
-        yield "Trained anew on as many tokens each:\n"
-        names = list(next(iter(found["retrained"].values()))["rates"])
-        yield "| | tokens | minutes | " + " | ".join(names) + " |"
-        yield "|---" * (len(names) + 3) + "|"
-        for arm, row in found["retrained"].items():
-            cells = [_rate(row["rates"][name]) for name in names]
-            yield f"| {arm} | {row['tokens']:,} | {row['seconds'] / 60:.0f} | " + " | ".join(cells) + " |"
-        yield ""
+        yield from _retrained_table(found["retrained"])
+    if found.get("speed"):
+        yield from _speed_table(found["speed"])
+
+
+def _retrained_table(retrained: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "Trained from nothing by the same recipe, to compare (index-share: this model's shape; every-layer: an indexer "
+        "on every layer; dense: neither indexers nor experts, of equal active size):\n"
+    )
+    names = list(next(iter(retrained.values()))["rates"])
+    yield "| | tokens | minutes | perplexity | " + " | ".join(names) + " |"
+    yield "|---" * (len(names) + 4) + "|"
+    for arm, row in retrained.items():
+        value, low, high = row["perplexity"]
+        cells = [f"{value:.2f} ({low:.2f} to {high:.2f})", *(_rate(row["rates"][name]) for name in names)]
+        yield f"| {arm} | {row['tokens']:,} | {row['seconds'] / 60:.0f} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _speed_table(speed: Mapping[str, Any]) -> Iterator[str]:
+    """speed: tokens a second, [prefill, decode], of each arm at each context."""
+    contexts = list(next(iter(speed.values())))
+    yield "How fast, in tokens a second on two CPU cores:\n"
+    yield "| | " + " | ".join(f"prefill of {n} tokens | decoding after {n}" for n in contexts) + " |"
+    yield "|---" * (2 * len(contexts) + 1) + "|"
+    for arm, at in speed.items():
+        cells = (f"{rate:,.0f}" for n in contexts for rate in at[n])
+        yield f"| {arm} | " + " | ".join(cells) + " |"
+    yield ""
 
 
 def _values(interval: Any) -> Sequence[float]:
