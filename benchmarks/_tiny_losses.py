@@ -23,6 +23,7 @@ DOCUMENTS = 600  # held out; as many for every model that is compared
 SPARSE = "beyond index_topk"
 PARTS = ("all tokens", "what the assistant writes", SPARSE)
 """Every token but the first; those that training calls the assistant's; those whose context the indexer must choose."""
+WITHIN = "within index_topk"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Losses:
 
     sums: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray]
+
+    def of(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """(sums, tokens) of one of PARTS, or of the other tokens than those of SPARSE: WITHIN."""
+        if part == WITHIN:
+            return self.sums[PARTS[0]] - self.sums[SPARSE], self.tokens[PARTS[0]] - self.tokens[SPARSE]
+        return self.sums[part], self.tokens[part]
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -41,7 +41,7 @@ from _bigram import Bigram
 from _common import ROOT, Report, arguments
 from _tiny_arms import ARMS, SHARING, arm_config
 from _tiny_kept import Retrained, kept
-from _tiny_losses import DOCUMENTS, PARTS, Losses, bigram_losses, digest, held_out_documents, model_losses
+from _tiny_losses import DOCUMENTS, PARTS, WITHIN, Losses, bigram_losses, digest, held_out_documents, model_losses
 from _tiny_retrain import language_tokens
 from _tiny_retrieval import retrieval_of_length
 from _tiny_speed import compare
@@ -126,10 +126,14 @@ def held_out(run: Run) -> None:
     for name, each in found.items():
         cells = (perplexity(each, part) for part in PARTS)
         print(f"  {name:36}" + "".join(f"{v:>14.3f} ({low:.3f}-{high:.3f})" for v, low, high in cells))
+    beside = run.report.samples["held-out"]["beside"] = {}
     for first, other in pairs:
+        ratios = {part: paired_perplexity(found[first], found[other], part) for part in (*PARTS, WITHIN)}
+        beside[f"{first} beside {other}"] = {part: ratio.as_list() for part, ratio in ratios.items()}
+        print(f"  {first} beside {other}: " + ", ".join(f"{ratio.value:.4f} {part}" for part, ratio in ratios.items()))
         for part in PARTS[:2]:
-            ratio = paired_perplexity(found[first], found[other], part)
-            run.report.bar(f"perplexity of {first} beside {other}, {part}: ratio, upper bound", ratio.high, "<", 1.0)
+            name = f"perplexity of {first} beside {other}, {part}: ratio, upper bound"
+            run.report.bar(name, ratios[part].high, "<", 1.0)
     if len(pairs) < 2 and not run.report.quick:
         run.report.missing("the dense baseline was not trained: python benchmarks/_tiny_retrain.py dense")
 
@@ -156,16 +160,16 @@ def _alike(tokens: int, others: int) -> bool:
 
 def perplexity(losses: Losses, part: str) -> list[float]:
     """[value, low, high]."""
-    used = losses.tokens[part] > 0
-    return mean_ratio(losses.sums[part][used], losses.tokens[part][used]).map(math.exp).as_list()
+    sums, tokens = losses.of(part)
+    used = tokens > 0
+    return mean_ratio(sums[used], tokens[used]).map(math.exp).as_list()
 
 
 def paired_perplexity(first: Losses, second: Losses, part: str) -> Interval:
     """The ratio of two perplexities on the same documents."""
-    used = first.tokens[part] > 0
-    return paired_ratio_difference(
-        first.sums[part][used], second.sums[part][used], first.tokens[part][used]
-    ).map(math.exp)  # fmt: skip
+    sums, tokens = first.of(part)
+    used = tokens > 0
+    return paired_ratio_difference(sums[used], second.of(part)[0][used], tokens[used]).map(math.exp)
 
 
 def tasks(run: Run) -> None:

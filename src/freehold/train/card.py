@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from freehold.headers import CheckpointIndex
 from freehold.model.config import GlmConfig
 from freehold.model.names import tensor_specs
+from freehold.train.card_figures import abilities, ablations, table
 
 TRAINING_NAME = "training"
 _LAST = 20  # steps whose mean loss is told as the last
@@ -60,12 +61,12 @@ def card(directory: Path, results: Mapping[str, Any] | None = None) -> str:
         f"# {directory.name}",
         _INTRO.format(size=size),
         _paragraph("Try it", _try(directory.name)),
-        _paragraph("What it can do", "\n".join(_abilities(results))),
+        _paragraph("What it can do", "\n".join(abilities(results))),
         _paragraph("What it cannot do", _CANNOT.format(longest=_longest(recipe))),
         _paragraph("Shape", "\n".join(_shape(config))),
         _paragraph("Data", "\n".join([_DATA, *_data(recipe)])),
         _paragraph("Training", "\n".join(_training(training))),
-        _paragraph("What its parts are worth", "\n".join(_ablations(results))),
+        _paragraph("What its parts are worth", "\n".join(ablations(results))),
         _paragraph("Licence", "Apache-2.0, as Freehold itself: weights, data and code."),
     ]
     return "<!-- Made by `freehold.train.card`; do not edit. -->\n\n" + "\n".join(parts).rstrip() + "\n"
@@ -96,61 +97,6 @@ with LLM("models/{name}") as llm:
 ```"""
 
 
-def _abilities(results: Mapping[str, Any] | None) -> Iterator[str]:
-    if results is None:
-        yield "Nothing was measured yet: `python benchmarks/tiny_model.py` does it."
-        return
-    samples = results["samples"]
-    yield (
-        "Measured by `benchmarks/tiny_model.py` on held-out prompts: other seeds, and made-up words, names and numbers "
-        "that training never shows. Greedy, through Freehold's engine; 95% intervals in brackets.\n"
-    )
-    yield "| task | right | prompts |"
-    yield "|---|---|---|"
-    for name, found in samples.get("rates", {}).items():
-        yield f"| {name.removeprefix('task ')} | {_rate(found['rate'])} | {found['prompts']} |"
-    if (thinking := samples.get("thinking")) is not None:
-        yield f"| tokens off < High < Max | {_rate(thinking['in order'])} | {len(thinking['rows'])} |"
-    yield ""
-    if (held_out := samples.get("held-out")) is not None:
-        yield from _perplexities(held_out)
-    if (lora := samples.get("lora")) is not None:
-        before, after = (sum(lora[key]) / len(lora[key]) for key in ("task_before", "task_after"))
-        gained, lost = lora["gained"], lora["lost"]
-        yield (
-            f"Teaching it: a LoRA adapter on {lora['chats']} examples of a task it had not seen took "
-            f"{lora['seconds'] / 60:.1f} minutes and moved it from {before:.0%} to {after:.0%} there "
-            f"({gained[0]:+.0f} points, {gained[1]:+.0f} to {gained[2]:+.0f}), and by {-lost[0]:+.1f} points "
-            f"({-lost[2]:+.1f} to {-lost[1]:+.1f}) on all else.\n"
-        )
-    yield from _missed(results)
-
-
-def _perplexities(held_out: Mapping[str, Any]) -> Iterator[str]:
-    models = held_out["perplexity"]
-    parts = list(next(iter(models.values())))
-    yield f"Perplexity on {held_out['documents']} held-out documents:\n"
-    yield "| | " + " | ".join(parts) + " |"
-    yield "|---" * (len(parts) + 1) + "|"
-    for name, found in models.items():
-        cells = (f"{found[part][0]:.2f} ({found[part][1]:.2f} to {found[part][2]:.2f})" for part in parts)
-        yield f"| {name} | " + " | ".join(cells) + " |"
-    yield ""
-
-
-def _missed(results: Mapping[str, Any]) -> Iterator[str]:
-    missed = [bar for bar in results["bars"] if not bar["pass"]]
-    if missed:
-        yield "What was aimed at and not reached:\n"
-        for bar in missed:
-            yield f"- {bar['name']}: {bar['value']:.4g}, where {bar['op']} {bar['limit']:g} was the aim"
-
-
-def _rate(interval: Sequence[float]) -> str:
-    value, low, high = (100 * each for each in interval)
-    return f"{value:.1f}% ({low:.1f} to {high:.1f})"
-
-
 def _shape(config: GlmConfig) -> Iterator[str]:
     specs = list(tensor_specs(config))
     total = sum(spec.size for spec in specs)
@@ -169,10 +115,7 @@ def _shape(config: GlmConfig) -> Iterator[str]:
         "vocabulary": f"{config.vocab_size:,} byte-level pieces, GLM's control tokens among them",
         "positions": f"{config.max_position_embeddings:,}",
     }
-    yield "| | |"
-    yield "|---|---|"
-    for name, value in rows.items():
-        yield f"| {name} | {value} |"
+    yield from table(("", ""), rows.items())
 
 
 def _recipe(training: Path) -> Mapping[str, Any]:
@@ -192,23 +135,25 @@ def _data(recipe: Mapping[str, Any]) -> Iterator[str]:
     stages = recipe.get("stages", ())
     if not stages:
         return
-    yield "| share of examples | " + " | ".join(stage["name"] for stage in stages) + " |"
-    yield "|---" * (len(stages) + 1) + "|"
-    for kind in dict.fromkeys(kind for stage in stages for kind in stage["mixture"]):
-        total = [sum(stage["mixture"].values()) for stage in stages]
-        shares = (f"{stage['mixture'].get(kind, 0) / whole:.0%}" for stage, whole in zip(stages, total, strict=True))
-        yield f"| {kind} | " + " | ".join(shares) + " |"
+    mixtures = [stage["mixture"] for stage in stages]
+    totals = [sum(mixture.values()) for mixture in mixtures]
+    rows = (
+        (kind, *(f"{mixture.get(kind, 0) / total:.0%}" for mixture, total in zip(mixtures, totals, strict=True)))
+        for kind in dict.fromkeys(kind for mixture in mixtures for kind in mixture)
+    )
+    yield from table(("share of examples", *(stage["name"] for stage in stages)), rows)
 
 
 def _training(training: Path) -> Iterator[str]:
     logs = sorted(training.glob("*.csv"))
     if logs:
-        yield "| stage | steps | tokens | minutes | last loss |"
-        yield "|---|---|---|---|---|"
         rows = [_last_of(log) for log in logs]
-        for log, (steps, tokens, seconds, loss) in zip(logs, rows, strict=True):
-            yield f"| {log.stem} | {steps:,} | {tokens:,} | {seconds / 60:.0f} | {loss:.3f} |"
-        yield f"\n{sum(row[2] for row in rows) / 60:.0f} minutes of training in all, on two CPU cores.\n"
+        told = (
+            (log.stem, f"{steps:,}", f"{tokens:,}", f"{seconds / 60:.0f}", f"{loss:.3f}")
+            for log, (steps, tokens, seconds, loss) in zip(logs, rows, strict=True)
+        )
+        yield from table(("stage", "steps", "tokens", "minutes", "last loss"), told)
+        yield f"{sum(row[2] for row in rows) / 60:.0f} minutes of training in all, on two CPU cores.\n"
     if (training / "plot.png").exists():
         yield f"![loss by tokens]({TRAINING_NAME}/plot.png)\n"
     yield "One command makes it again, and goes on where it was if it is interrupted:\n"
@@ -221,74 +166,3 @@ def _last_of(log: Path) -> tuple[int, int, float, float]:
         rows = list(csv.DictReader(file))
     losses = [float(row["loss"]) for row in rows[-_LAST:]]
     return len(rows), int(rows[-1]["tokens"]), float(rows[-1]["seconds"]), sum(losses) / len(losses)
-
-
-def _ablations(results: Mapping[str, Any] | None) -> Iterator[str]:
-    samples = {} if results is None else results["samples"]
-    if (found := samples.get("ablations")) is None and "drafts" not in samples:
-        yield "Nothing was measured yet."
-        return
-    if found is not None:
-        yield from _variant_table(found)
-    if (drafts := samples.get("drafts")) is not None:
-        changed = sum(row["changed"] for row in drafts["rows"])
-        same = f"{changed} answers differ from those without" if changed else "the answers are the same in all rows"
-        yield (
-            f"Drafting with the MTP layer, greedy, one prompt at a time; {same}. It was "
-            "trained to share the selection and the cache entries of the last verified token between drafts:\n"
-        )
-        yield "| drafts | k | tokens a step |"
-        yield "|---|---|---|"
-        for row in drafts["rows"]:
-            yield f"| {row['sharing']} | {row['drafts']} | {row['length']:.2f} |"
-
-
-def _variant_table(found: Mapping[str, Any]) -> Iterator[str]:
-    rows = found["inference only"]
-    lengths = list(rows[0]["retrieval"])
-    yield "Changed at inference only, nothing trained:\n"
-    yield "| | " + " | ".join(f"retrieval at {n} tokens" for n in lengths) + " | loss beyond index_topk |"
-    yield "|---" * (len(lengths) + 2) + "|"
-    for row in rows:
-        cells = [_rate(_values(row["retrieval"][n])) for n in lengths]
-        yield f"| {row['name']} | " + " | ".join(cells) + f" | {_values(row['loss'])[0]:.3f} |"
-    yield ""
-    if found.get("retrained"):
-        yield from _retrained_table(found["retrained"])
-    if found.get("speed"):
-        yield from _speed_table(found["speed"])
-
-
-def _retrained_table(retrained: Mapping[str, Any]) -> Iterator[str]:
-    yield (
-        "Trained from nothing by the same recipe, to compare (index-share: this model's shape; every-layer: an indexer "
-        "on every layer; dense: neither indexers nor experts, of equal active size):\n"
-    )
-    names = list(next(iter(retrained.values()))["rates"])
-    yield "| | tokens | minutes | perplexity | " + " | ".join(names) + " |"
-    yield "|---" * (len(names) + 4) + "|"
-    for arm, row in retrained.items():
-        value, low, high = row["perplexity"]
-        cells = [f"{value:.2f} ({low:.2f} to {high:.2f})", *(_rate(row["rates"][name]) for name in names)]
-        yield f"| {arm} | {row['tokens']:,} | {row['seconds'] / 60:.0f} | " + " | ".join(cells) + " |"
-    yield ""
-
-
-def _speed_table(speed: Mapping[str, Any]) -> Iterator[str]:
-    """speed: tokens a second, [prefill, decode], of each arm at each context."""
-    contexts = list(next(iter(speed.values())))
-    yield "How fast, in tokens a second on two CPU cores:\n"
-    yield "| | " + " | ".join(f"prefill of {n} tokens | decoding after {n}" for n in contexts) + " |"
-    yield "|---" * (2 * len(contexts) + 1) + "|"
-    for arm, at in speed.items():
-        cells = (f"{rate:,.0f}" for n in contexts for rate in at[n])
-        yield f"| {arm} | " + " | ".join(cells) + " |"
-    yield ""
-
-
-def _values(interval: Any) -> Sequence[float]:
-    """[value, low, high], from a list or from the fields of an Interval."""
-    if isinstance(interval, Mapping):
-        return [interval["value"], interval["low"], interval["high"]]
-    values: Sequence[float] = interval
-    return values
