@@ -14,8 +14,8 @@ from typing import Any
 from freehold.model.config import GlmConfig
 from freehold.model.names import tensor_specs
 
-ARMS = ("index-share", "every-layer", "dense")
-SHARING = {"index-share", "every-layer"}  # what differs in nothing but whether layers share indexers
+SHARING = ("index-share", "every-layer")  # what differs in nothing but whether layers share indexers
+ARMS = (*SHARING, "dense")
 
 
 def arm_config(arm: str, base: Mapping[str, Any]) -> dict[str, Any]:
